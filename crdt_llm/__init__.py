@@ -1,0 +1,1 @@
+"""crdt_llm: a replicated conversation store for language models."""
