@@ -1,0 +1,30 @@
+"""Models for tests. One folder each for the whole run, shared by parallel workers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from crdt_llm.inference import models
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a Llama with random weights, small enough to build on the spot."""
+    from tiny_model import build_tiny_model  # noqa: PLC0415 - loads torch, which few tests need
+
+    run = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        run = run.parent  # a worker's own folder lies in the run's
+    return build_tiny_model(run / "tiny-model")
+
+
+@pytest.fixture(scope="session")
+def real_model_dir() -> Path:
+    """The folder of the default model; fetched if it is not here yet."""
+    cache = Path(os.environ.get("CRDT_LLM_MODELS") or REPOSITORY / ".venv" / "models")
+    return models.resolve(models.DEFAULT_MODEL, cache, fetch=True)
