@@ -1,0 +1,84 @@
+"""Secrets at rest: 32 bytes in a file of mode 0600, made once.
+
+This module owns the files and the Ed25519 key; what is sealed or signed with them is said in
+:mod:`crdt_llm.document.seal` and :mod:`crdt_llm.document.chain`.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from crdt_llm.errors import BadProof, Corrupt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+SECRET_BYTES: Final = 32  # Ed25519 seeds and ChaCha20 keys alike
+_PRIVATE: Final = 0o600
+_OTHERS: Final = 0o077
+
+
+def load_or_create_secret(path: Path, random: Callable[[int], bytes] = os.urandom) -> bytes:
+    """Read the secret in ``path``, or make one if there is no such file.
+
+    Two processes that start at once end with the same secret: the file is written whole under
+    another name and then linked, which fails if somebody was faster.
+
+    Raises:
+        Corrupt: the file has another length, or others may read it.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fresh = path.with_name(f"{path.name}.{random(8).hex()}")
+        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _PRIVATE)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(random(SECRET_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            # Somebody may have been faster: theirs counts, and is read below.
+            with suppress(FileExistsError):
+                os.link(fresh, path)
+        finally:
+            fresh.unlink()
+    mode, secret = path.stat().st_mode, path.read_bytes()
+    if mode & _OTHERS:
+        raise Corrupt(f"the key file {path} can be read by others: run chmod 600 on it")
+    if len(secret) != SECRET_BYTES:
+        raise Corrupt(f"the key file {path} is damaged: it has {len(secret)} bytes, not 32")
+    return secret
+
+
+@dataclass(frozen=True, slots=True)
+class SigningKey:
+    """An Ed25519 key (RFC 8032) of a node or a relay; ``repr`` never shows the secret."""
+
+    secret: bytes = field(repr=False)
+
+    @property
+    def public(self) -> bytes:
+        """The public key, 32 bytes."""
+        return Ed25519PrivateKey.from_private_bytes(self.secret).public_key().public_bytes_raw()
+
+    def sign(self, message: bytes) -> bytes:
+        """A signature of 64 bytes."""
+        return Ed25519PrivateKey.from_private_bytes(self.secret).sign(message)
+
+
+def verify(public: bytes, signature: bytes, message: bytes) -> None:
+    """Check an Ed25519 signature.
+
+    Raises:
+        BadProof: it does not hold, or the key is none.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
+    except (InvalidSignature, ValueError) as error:
+        raise BadProof("a signature does not hold") from error
