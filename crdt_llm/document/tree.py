@@ -249,6 +249,10 @@ class Tree:
         entries = [entry for line in queue.values() for entry in line]
         return tuple(sorted(entries, key=lambda entry: (self._facts[entry].clock, entry)))
 
+    def queue(self, line: str) -> tuple[str, ...]:
+        """The pending entries of a line, by (clock, id)."""
+        return tuple(self._work_out_pending().queue.get(line, ()))
+
     def base(self, entry: str) -> str:
         """R4, for an entry without a place that counts."""
         return self._work_out_pending().base[entry]
