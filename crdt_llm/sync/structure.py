@@ -237,7 +237,7 @@ class Missing:
 
     def __str__(self) -> str:
         """Say it in one line, for people."""
-        return f"{self.what} not known: client {self.id.client}, clock {self.id.clock}"
+        return f"waits for {self.what}: client {self.id.client}, clock {self.id.clock}"
 
 
 def read_update(update: bytes, limits: Limits = DOCUMENT_LIMITS) -> UpdateStructure:

@@ -217,7 +217,7 @@ def decode(frame: bytes) -> Message:
         message = QueryAwareness()
     else:
         raise MalformedMessage(f"message type {kind} is unknown")
-    _expect_end(frame, at)
+    _expect_end(frame, at, "message (one message a frame)")
     return message
 
 
@@ -263,7 +263,7 @@ def decode_state_vector(state_vector: bytes) -> dict[int, int]:
         clocks[client], at = _read_clock(state_vector, at)
     if len(clocks) != count:
         raise MalformedMessage("a state vector names a client twice")
-    _expect_end(state_vector, at)
+    _expect_end(state_vector, at, "state vector")
     return clocks
 
 
@@ -509,7 +509,7 @@ def _read_awareness(body: bytes) -> AwarenessUpdate:
         text, at = read_var_string(body, at)
         gone = _check_state(text)
         states.append(AwarenessState(client, clock, None if gone else text))
-    _expect_end(body, at)
+    _expect_end(body, at, "awareness states")
     return AwarenessUpdate(tuple(states))
 
 
@@ -546,9 +546,9 @@ def _read_clock(data: bytes, at: int) -> tuple[int, int]:
     return clock, at
 
 
-def _expect_end(data: bytes, at: int) -> None:
+def _expect_end(data: bytes, at: int, what: str) -> None:
     if at != len(data):
-        raise MalformedMessage(f"{len(data) - at} bytes follow the message: one message a frame")
+        raise MalformedMessage(f"{len(data) - at} bytes follow the {what}")
 
 
 def _truncated() -> NoReturn:
