@@ -28,6 +28,7 @@ what happened and what to do. Details belong in ``__cause__`` and in the log.
   * :exc:`ModelUnusable` - a model, tokenizer or template cannot be used, and why
   * :exc:`PromptTooLong` - the path does not fit the model's positions
   * :exc:`DataFolderBusy` - another process holds the data folder
+  * :exc:`ReplyFailed` - the node could not finish a reply; its entry keeps the partial text
 """
 
 from __future__ import annotations
@@ -92,7 +93,18 @@ class EngineDied(Unavailable):
 
 
 class ConnectionLost(Unavailable):
-    """The socket closed."""
+    """The socket closed, or never opened.
+
+    Args:
+        message: one line for people.
+        code: the websocket close code; 1006 (RFC 6455: abnormal closure) where there was none.
+        reason: what the peer said on closing.
+    """
+
+    def __init__(self, message: str, *, code: int = 1006, reason: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
 
 
 class Corrupt(CrdtLlmError):  # noqa: N818 - as above
@@ -113,3 +125,17 @@ class PromptTooLong(CrdtLlmError):  # noqa: N818 - as above
 
 class DataFolderBusy(CrdtLlmError):  # noqa: N818 - as above
     """Another process holds the data folder."""
+
+
+class ReplyFailed(CrdtLlmError):  # noqa: N818 - as above
+    """The node could not finish a reply. Its entry keeps the text that it got to.
+
+    Args:
+        code: a short stable word for programs, from the slot's ``usage.error``.
+        reason: one line for people.
+    """
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
