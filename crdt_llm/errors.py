@@ -21,6 +21,7 @@ what happened and what to do. Details belong in ``__cause__`` and in the log.
 
     * :exc:`StoreFailed` - a commit did not become durable
     * :exc:`EngineDied` - the engine's process ended
+    * :exc:`EngineBusy` - the engine has no room for another request or its KV
     * :exc:`ConnectionLost` - the socket closed
 
   * :exc:`Corrupt` - bytes on disk are not what was written
@@ -90,6 +91,10 @@ class StoreFailed(Unavailable):
 
 class EngineDied(Unavailable):
     """The engine's process ended; the KV cache is gone and will be rebuilt from the document."""
+
+
+class EngineBusy(Unavailable):
+    """The engine has no room: too many requests, or their KV fills the memory budget."""
 
 
 class ConnectionLost(Unavailable):
