@@ -131,21 +131,32 @@ class Change:
         return frozenset(entry for edit in self.edits if (entry := edit.entry) is not None)
 
 
-def _plain(value: Any) -> tuple[Any, str]:
-    """A value of an event as (plain value, kind of shared type)."""
+def _kind(value: Any) -> str:
+    """The kind of shared type that a value is; empty for plain ones."""
     match value:
         case Map():
-            return normalise(value.to_py()), "map"
+            return "map"
         case Text():
-            return str(value), "text"
+            return "text"
         case Array():
-            return normalise(value.to_py()), "array"
-        case _ if isinstance(value, bool | int | float | str | bytes | bytearray | dict | list):
-            return normalise(value), ""
-        case None:
-            return None, ""
+            return "array"
+        case None | bool() | int() | float() | str() | bytes() | bytearray() | dict() | list():
+            return ""
         case _:
-            return None, type(value).__name__.lower()  # XML, sub-documents: no part of the schema
+            return type(value).__name__.lower()  # XML, sub-documents: no part of the schema
+
+
+def _plain(value: Any) -> tuple[Any, str]:
+    """A value of an event as (plain value, kind of shared type)."""
+    match kind := _kind(value):
+        case "map" | "array":
+            return normalise(value.to_py()), kind
+        case "text":
+            return str(value), kind
+        case "":
+            return normalise(value), kind
+        case _:
+            return None, kind
 
 
 def _edits(root: str, event: Any) -> Iterator[Edit]:
@@ -542,6 +553,19 @@ class Conversation:
         """Whether an entry carries a field."""
         fields = self._fields(entry)
         return fields is not None and field in fields
+
+    def kind(self, entry: str, field: str) -> str | None:
+        """The shared type that holds a field, as in :class:`Edit`; ``None`` without the field."""
+        fields = self._fields(entry)
+        return _kind(fields[field]) if fields is not None and field in fields else None
+
+    def text_bytes(self, entry: str) -> int:
+        """The length of an entry's text in UTF-8 bytes; of a reply's without reading it."""
+        fields = self._fields(entry)
+        value = fields["content"] if fields is not None and "content" in fields else ""
+        if isinstance(value, Text):
+            return len(value)
+        return len(value.encode()) if isinstance(value, str) else 0
 
     def entry(self, entry: str) -> Entry | None:
         """A typed snapshot of an entry, or ``None`` if there is no such well-formed one."""
