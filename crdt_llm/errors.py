@@ -23,6 +23,7 @@ what happened and what to do. Details belong in ``__cause__`` and in the log.
     * :exc:`EngineDied` - the engine's process ended
     * :exc:`EngineBusy` - the engine has no room for another request or its KV
     * :exc:`ConnectionLost` - the socket closed
+    * :exc:`Stopping` - this process is shutting down
 
   * :exc:`Corrupt` - bytes on disk are not what was written
   * :exc:`BadProof` - a signature, seal or digest does not hold
@@ -110,6 +111,10 @@ class ConnectionLost(Unavailable):
         super().__init__(message)
         self.code = code
         self.reason = reason
+
+
+class Stopping(Unavailable):
+    """This process is shutting down; what it accepted is durable."""
 
 
 class Corrupt(CrdtLlmError):  # noqa: N818 - as above
