@@ -94,13 +94,18 @@ class Tree:
     # -- feeding -------------------------------------------------------------------------------
 
     def put(self, facts: Facts) -> None:
-        """Learn of an entry, or of a change in its facts. O(1), unless an admitted place moved."""
+        """Learn of an entry, or of a change in its facts.
+
+        O(1), unless an admitted place moved or a clock was set back (only hostile documents do).
+        """
         old = self._facts.get(facts.id)
         if old == facts:
             return
         self._facts[facts.id] = facts
         self._pending = None
         self._clock = max(self._clock, facts.clock)
+        if old is not None and facts.clock < old.clock == self._clock:
+            self._clock = max(known.clock for known in self._facts.values())
         if old is not None and old.parent is not None:
             if (old.parent, old.epoch, old.fork) != (facts.parent, facts.epoch, facts.fork):
                 self._rebuild()
