@@ -258,6 +258,11 @@ class Tree:
         """The pending entries of a line, by (clock, id)."""
         return tuple(self._work_out_pending().queue.get(line, ()))
 
+    @property
+    def unplaced(self) -> tuple[Facts, ...]:
+        """The entries without a place that counts, unplaced ends included, in no order."""
+        return tuple(self._facts[entry] for entry in self._unplaced)
+
     def base(self, entry: str) -> str:
         """R4, for an entry without a place that counts."""
         return self._work_out_pending().base[entry]
