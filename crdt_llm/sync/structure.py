@@ -3,9 +3,9 @@
 Applying hostile bytes is not safe: in trials a value nested 20,000 deep ended the process, a delete
 set for clocks that did not exist yet ate the next write of its victim, and clock 2^32 became 0. So
 every update is read here first: which clocks of which clients it brings, what they hold, on what
-they build, what it deletes. This module owns that reading, the structural limits, and the question
-whether an update leaves a gap. It must not know replicas, schemas, principals or sockets; it is
-pure, and it never changes what it is given.
+they build, what it deletes. This module owns that reading, the structural limits, and what can be
+said from clocks alone: whether an update leaves a gap, brings anything, or rewrites what is known.
+It must not know replicas, schemas, principals or sockets; it is pure.
 
 The grammar, as ``UpdateEncoderV1`` of Yjs 13 writes it (numbers and text as in ``wire``)::
 
@@ -34,6 +34,7 @@ what was checked here is what every replica sees.
 from __future__ import annotations
 
 import enum
+import functools
 import heapq
 import math
 import struct
@@ -327,6 +328,115 @@ def brings(
     return not all(
         _covers(deleted.get(client, ()), ranges) for client, ranges in structure.deleted.items()
     )
+
+
+def find_rewrite(structure: UpdateStructure, held: UpdateStructure) -> Id | None:
+    """Find a clock that the receiver holds with another value.
+
+    A replica would silently ignore the other value, and two replicas would differ for ever. The
+    same struct has several honest forms, and they count as equal: cut at any clock, deleted or
+    collected, a number as integer or float, and half of a surrogate pair as U+FFFD (which Yjs
+    writes where a deletion cut the pair).
+
+    Args:
+        structure: The update.
+        held: What the receiver holds: its document, or at least the clocks that both have.
+
+    Returns:
+        The first clock of a struct's part that differs, or ``None``.
+    """
+    # A long text is encoded once, not once for each of the pieces it is compared with.
+    utf16 = functools.lru_cache(maxsize=2)(_utf16)
+    for client, theirs in structure.structs.items():
+        ours = held.structs.get(client, ())
+        position = 0
+        for item in theirs:
+            while position < len(ours) and ours[position].end <= item.clock:
+                position += 1
+            # What overlaps the end of this struct may overlap the next one too.
+            overlapping = position
+            while overlapping < len(ours) and ours[overlapping].clock < item.end:
+                own = ours[overlapping]
+                start = max(item.clock, own.clock)
+                if not _same(item, own, range(start, min(item.end, own.end)), utf16):
+                    return Id(client, start)
+                overlapping += 1
+    return None
+
+
+_REPLACEMENT: Final = 0xFFFD
+_SURROGATES: Final = range(0xD800, 0xE000)
+_VALUELESS: Final = (Kind.GC, Kind.SKIP, Kind.DELETED)
+
+
+def _same(one: Struct, other: Struct, clocks: range, utf16: Callable[[str], bytes]) -> bool:
+    """Whether two structs of one client say the same about ``clocks``, which both have."""
+    if one.kind in _VALUELESS or other.kind in _VALUELESS:
+        return True
+    return (
+        one.kind is other.kind
+        and _place_at(one, clocks.start) == _place_at(other, clocks.start)
+        and _same_content(one, other, clocks, utf16)
+    )
+
+
+def _same_content(one: Struct, other: Struct, clocks: range, utf16: Callable[[str], bytes]) -> bool:
+    mine, theirs = one.content, other.content
+    here = slice(clocks.start - one.clock, clocks.stop - one.clock)
+    there = slice(clocks.start - other.clock, clocks.stop - other.clock)
+    if isinstance(mine, str) and isinstance(theirs, str):
+        return _same_text(
+            utf16(mine)[2 * here.start : 2 * here.stop],
+            utf16(theirs)[2 * there.start : 2 * there.stop],
+        )
+    if isinstance(mine, tuple) and isinstance(theirs, tuple):
+        return _same_value(list(mine[here]), list(theirs[there]))
+    if isinstance(mine, Format) and isinstance(theirs, Format):
+        return mine.key == theirs.key and _same_value(mine.value, theirs.value)
+    if isinstance(mine, Subdocument) and isinstance(theirs, Subdocument):
+        return mine.guid == theirs.guid  # the options are each replica's own
+    return mine == theirs
+
+
+def _place_at(item: Struct, clock: int) -> tuple[object, ...]:
+    """Where a struct would stand, were it cut at ``clock``."""
+    if clock > item.clock:
+        return Id(item.client, clock - 1), item.right_origin, None, None
+    return item.origin, item.right_origin, item.parent, item.parent_sub
+
+
+def _utf16(text: str) -> bytes:
+    return text.encode("utf-16-le")
+
+
+def _same_text(one: bytes, other: bytes) -> bool:
+    """Compare equally long UTF-16; U+FFFD may stand for half of a pair."""
+    if one == other:
+        return True
+    layout = f"<{len(one) // 2}H"
+    return all(
+        mine == theirs or (_REPLACEMENT in (mine, theirs) and min(mine, theirs) in _SURROGATES)
+        for mine, theirs in zip(
+            struct.unpack(layout, one), struct.unpack(layout, other), strict=True
+        )
+    )
+
+
+def _same_value(one: object, other: object) -> bool:
+    """Compare plain values; unlike ``==``, ``True`` is no number."""
+    if isinstance(one, list):
+        return (
+            isinstance(other, list) and len(one) == len(other) and all(map(_same_value, one, other))
+        )
+    if isinstance(one, dict):
+        return (
+            isinstance(other, dict)
+            and one.keys() == other.keys()
+            and all(_same_value(value, other[key]) for key, value in one.items())
+        )
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    return one is other or one == other
 
 
 def _covers(outer: Sequence[range], inner: Sequence[range]) -> bool:
