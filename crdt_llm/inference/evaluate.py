@@ -1,0 +1,209 @@
+"""What the node does next, as one pure function of what it sees.
+
+The node never reacts to single updates: updates change the situation, and then, at the node's own
+pace, :func:`evaluate` names the one next action. It reads and decides; it writes nothing, awaits
+nothing and knows no engine.
+
+The invariants that its branches cite:
+
+I1. Nothing is admitted without a lease.
+I2. Stop wins: a reply whose stop was asked for, or which was redacted, ends before anything else
+    is done in the conversation.
+I3. Every placed reply ends with a proof: one that streams is running, is resumed, or is ended.
+I4. An entry is admitted behind ``up(e)`` only, and only once that is admitted and has ended. So
+    what the model has read never changes: the KV cache only grows along a path.
+I5. Of a line's pending slots the last is answered. The ones before it become ``superseded`` in the
+    very update that admits it.
+I6. A slot is admitted when its prompt is fixed and an engine can start on it; until then it waits
+    without a place, so that it can still be stopped or superseded.
+I7. What was admitted and not yet read is prefilled when nothing else is to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from crdt_llm.document.schema import Policy, State
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from crdt_llm.document.tree import Tree
+
+ADMIT_MAX: Final = 64  # entries in one update: a long offline merge stays interruptible
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """All that a decision depends on.
+
+    Attributes:
+        tree: the conversation's tree; not changed while a decision is made.
+        policy: the conversation's policy.
+        leased: whether our lease is in the document.
+        open: placed replies that have not ended, and whether each is to end now (stop, redacted).
+        unmarked: unplaced slots that were stopped or redacted and have no ended state yet.
+        running: the replies that an engine works on.
+        capacity: how many more replies may be started now.
+        unanswered: with ``reply = auto``, admitted entries that want a slot and have none.
+        cold: an admitted entry whose path should be in the KV cache and is not; or ``None``.
+    """
+
+    tree: Tree
+    policy: Policy = field(default_factory=Policy)
+    leased: bool = True
+    open: Mapping[str, bool] = field(default_factory=dict)
+    unmarked: tuple[str, ...] = ()
+    running: frozenset[str] = frozenset()
+    capacity: int = 1
+    unanswered: tuple[str, ...] = ()
+    cold: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing:
+    """Wait for the next change."""
+
+
+@dataclass(frozen=True, slots=True)
+class TakeLease:
+    """Write the lease that proofs will count under."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """End a placed reply with what it has."""
+
+    slot: str
+    state: State = State.STOPPED
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Say of slots that never got a place that they ended."""
+
+    slots: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Go on with a placed reply that nobody works on, at the token where it is."""
+
+    slot: str
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Give places: a run of author's entries, and the slot behind them if it can start now.
+
+    Attributes:
+        parent: where the first one goes.
+        entries: author's entries, each behind the one before it.
+        slot: the slot behind the last of them, or ``None``.
+        superseded: slots that this one takes over from.
+    """
+
+    parent: str
+    entries: tuple[str, ...]
+    slot: str | None = None
+    superseded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Add the slot that ``policy.reply = auto`` asks for."""
+
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """Bring the path to an admitted entry into the KV cache."""
+
+    entry: str
+
+
+Action = Nothing | TakeLease | End | Mark | Resume | Admit | Request | Warm
+
+
+def evaluate(situation: Situation) -> Action:  # noqa: PLR0911 - one return an invariant
+    """The next action. Pure and total; costs what is pending, not what was said before."""
+    if (ending := _to_end(situation)) is not None:  # I2
+        return End(ending)
+    if situation.unmarked:
+        return Mark(situation.unmarked)
+    waiting = bool(situation.tree.pending)
+    if not situation.leased:  # I1
+        return TakeLease() if waiting or situation.open else Nothing()
+    if situation.capacity:
+        for slot in situation.open:
+            if slot not in situation.running:  # I3
+                return Resume(slot)
+    if waiting and (admit := _to_admit(situation)) is not None:
+        return admit
+    if situation.unanswered:
+        return Request(situation.unanswered[0])
+    if situation.cold is not None:  # I7
+        return Warm(situation.cold)
+    return Nothing()
+
+
+def _to_end(situation: Situation) -> str | None:
+    tree = situation.tree
+    for slot, asked in situation.open.items():
+        if asked:
+            return slot
+        interrupted = situation.policy.on_new_entry == "interrupt" and tree.last(slot) != slot
+        if interrupted and tree.tip(slot) == slot:
+            return slot
+    return None
+
+
+def _to_admit(situation: Situation) -> Admit | None:
+    """The first run of pending entries whose parent is ready (I4)."""
+    tree = situation.tree
+    taken: set[str] = set()
+    for first in tree.pending:
+        parent = tree.up(first)
+        if first in taken or not tree.is_admitted(parent) or parent in situation.open:
+            continue
+        entries: list[str] = []
+        for entry in _run(tree, first):
+            taken.add(entry)
+            if tree.facts(entry).slot:
+                if situation.capacity:  # I6
+                    return Admit(parent, tuple(entries), entry, _superseded(tree, entry))
+                break
+            entries.append(entry)
+            if len(entries) == ADMIT_MAX:
+                break
+        if entries:
+            return Admit(parent, tuple(entries))
+    return None
+
+
+def _run(tree: Tree, first: str) -> tuple[str, ...]:
+    """``first`` and the pending entries that follow it in its line."""
+    queue = tree.queue(tree.line(first))
+    return queue[queue.index(first) :]
+
+
+def _superseded(tree: Tree, slot: str) -> tuple[str, ...]:
+    line = tree.line(slot)
+    return tuple(sorted(entry for entry in tree.superseded if tree.line(entry) == line))  # I5
+
+
+__all__ = [
+    "Action",
+    "Admit",
+    "End",
+    "Mark",
+    "Nothing",
+    "Request",
+    "Resume",
+    "Situation",
+    "TakeLease",
+    "Warm",
+    "evaluate",
+]

@@ -1,0 +1,144 @@
+"""The inference node: a peer that gives entries their place and slots their replies.
+
+This module owns the engine, its restarts, and which conversations the node sits in; what happens
+inside one is :mod:`crdt_llm.inference.desk`'s. It must not know sockets or stores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from crdt_llm.errors import ModelUnusable, Unavailable
+from crdt_llm.inference.desk import RETRY_FIRST_S, RETRY_MAX_S, Desk
+
+if TYPE_CHECKING:
+    from crdt_llm.inference.engine import Engine
+    from crdt_llm.inference.prompt import Renderer
+    from crdt_llm.inference.reply import Identity
+    from crdt_llm.inference.seat import Surroundings
+    from crdt_llm.inference.tokens import Vocabulary
+
+logger = logging.getLogger("crdt_llm.inference")
+
+REPLIES_MAX: Final = 8  # running at once: each holds a whole KV path in memory
+DESKS_MAX: Final = 1000  # replicas in memory; the least recently used idle one leaves first
+
+
+class Node:
+    """An inference node.
+
+    Args:
+        surroundings: what it takes from outside.
+        renderer: turns entries into ids.
+        vocabulary: turns ids into text.
+        identity: its keys and names.
+    """
+
+    def __init__(
+        self,
+        surroundings: Surroundings,
+        renderer: Renderer,
+        vocabulary: Vocabulary,
+        identity: Identity,
+    ) -> None:
+        self.surroundings = surroundings
+        self.renderer = renderer
+        self.vocabulary = vocabulary
+        self.identity = identity
+        self.engine: Engine | None = None
+        self.problem: str | None = "the engine is starting"
+        self._running = 0
+        self._desks: dict[str, tuple[Desk, asyncio.Task[None]]] = {}
+        self._restarting: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def start(self) -> None:
+        """Start the engine.
+
+        Raises:
+            ModelUnusable: the model cannot be used.
+            EngineDied: the engine's process ended while it started.
+        """
+        self.engine = await self.surroundings.start_engine()
+        self.problem = None
+
+    def notice(self, conversation: str) -> None:
+        """Something changed in a conversation: have a look at it, soon."""
+        if self._closed:
+            return
+        seated = self._desks.pop(conversation, None)
+        if seated is None:
+            self._make_room()
+            desk = Desk(self, conversation)
+            seated = (desk, asyncio.create_task(desk.run(), name=f"desk {conversation}"))
+        self._desks[conversation] = seated  # last in order: used last
+        seated[0].wake()
+
+    def _make_room(self) -> None:
+        if len(self._desks) < DESKS_MAX:
+            return
+        for name, (desk, task) in self._desks.items():
+            if desk.idle:
+                task.cancel()
+                del self._desks[name]
+                return
+
+    # -- what desks share ----------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int:
+        """How many more replies may be started now."""
+        return REPLIES_MAX - self._running
+
+    def occupy(self, change: int) -> None:
+        """So many more (or fewer) replies run; whoever waited for room has a look."""
+        waited = self.capacity == 0
+        self._running += change
+        if waited and self.capacity:
+            self._wake_all()
+
+    def _wake_all(self) -> None:
+        for desk, _ in self._desks.values():
+            desk.wake()
+
+    def lost_engine(self, engine: Engine) -> None:
+        """An engine died: start another one, once, however many replies notice it."""
+        if self.engine is not engine or self._closed:
+            return
+        self.engine, self.problem = None, "the engine died and is being restarted"
+        logger.warning("the engine died; starting another one")
+        self._restarting = asyncio.create_task(self._restart(engine), name="engine restart")
+
+    async def _restart(self, dead: Engine) -> None:
+        with suppress(Unavailable):  # it is dead already: closing it only frees the pipes
+            await dead.close()
+        wait = RETRY_FIRST_S
+        while True:
+            try:
+                self.engine = await self.surroundings.start_engine()
+            except (Unavailable, ModelUnusable, OSError) as error:
+                self.problem = f"the engine does not start: {error}"
+                logger.warning("%s; next attempt in %.1f s", self.problem, wait)
+                await self.surroundings.sleep(wait)
+                wait = min(2 * wait, RETRY_MAX_S)
+            else:
+                self.problem = None
+                self._wake_all()
+                return
+
+    async def close(self) -> None:
+        """Stop everything. Replies that stream stay as they are and go on after the next start."""
+        self._closed = True
+        tasks = [task for _, task in self._desks.values()]
+        if self._restarting is not None:
+            tasks.append(self._restarting)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._desks.clear()
+        if self.engine is not None:
+            await self.engine.close()
+            self.engine = None

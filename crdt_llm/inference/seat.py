@@ -1,0 +1,84 @@
+"""What the node takes from outside, as contracts: seats, leases, engines, time and chance.
+
+This module owns no behaviour. It is where the node's world ends: whoever wires a node up, be it
+with rooms in the same process or with a socket, implements these.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from crdt_llm.inference.engine import Engine
+
+
+class Seat(Protocol):
+    """The node's membership in one conversation."""
+
+    @property
+    def state(self) -> bytes:
+        """The document as it was when the seat was taken, as one update."""
+        ...
+
+    async def submit(self, update: bytes) -> None:
+        """Commit an update. Returns once it is durable.
+
+        Raises:
+            Refused: it is against a rule.
+            Unavailable: it did not become durable.
+        """
+        ...
+
+    async def leave(self) -> None:
+        """Give the seat back."""
+        ...
+
+
+class TakeSeat(Protocol):
+    """How the node joins a conversation."""
+
+    async def __call__(
+        self, conversation: str, deliver: Callable[[bytes], None], lost: Callable[[], None]
+    ) -> Seat:
+        """Join.
+
+        Args:
+            conversation: its id.
+            deliver: called with others' committed updates, in their order.
+            lost: called when the seat is of no use any more and must be taken anew.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to act as a conversation's node."""
+
+    epoch: int
+    node: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """Everything that the node takes from outside.
+
+    Attributes:
+        take_seat: joins a conversation.
+        grant_lease: gives the lease of a conversation for a node's public key.
+        start_engine: starts the engine, anew after it died.
+        clock_ms: wall time, for ``at`` and for what a reply cost.
+        random: ids, salts, client ids: so many random bytes.
+        sleep: waits some seconds, between attempts to get an engine or a seat back.
+    """
+
+    take_seat: TakeSeat
+    grant_lease: Callable[[str, bytes], Lease]
+    start_engine: Callable[[], Awaitable[Engine]]
+    clock_ms: Callable[[], int]
+    random: Callable[[int], bytes]
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
