@@ -46,6 +46,7 @@ from crdt_llm.sync.wire import (
     CLIENT_ID_MAX,
     CLOCK_MAX,
     NESTING_MAX,
+    STATE_VECTOR_CLIENTS_MAX,
     UPDATE_BYTES_MAX,
     VAR_UINT_MAX,
     parse_json,
@@ -254,8 +255,8 @@ def read_update(update: bytes, limits: Limits = DOCUMENT_LIMITS) -> UpdateStruct
 
     Raises:
         MalformedMessage: No update.
-        TooLarge: Over one of ``limits``, a value nested deeper than ``NESTING_MAX``, or a client
-            id or clock over 32 bits.
+        TooLarge: Over one of ``limits``, a value nested deeper than ``NESTING_MAX``, more clients
+            than a state vector holds, or a client id or clock over 32 bits.
     """
     if len(update) > limits.update_bytes:
         raise TooLarge(
@@ -538,7 +539,7 @@ class _Reader:
 
     def sections(self) -> dict[int, tuple[Struct, ...]]:
         sections: dict[int, tuple[Struct, ...]] = {}
-        for _ in range(self.var_uint()):
+        for _ in range(self.clients()):
             count = self.var_uint()
             self.structs_left -= count
             if self.structs_left < 0:
@@ -559,9 +560,15 @@ class _Reader:
             sections[client] = tuple(structs)
         return sections
 
+    def clients(self) -> int:
+        count = self.var_uint()
+        if count > STATE_VECTOR_CLIENTS_MAX:
+            raise TooLarge("too-many-clients", f"{count} clients fit in no state vector")
+        return count
+
     def delete_set(self) -> dict[int, tuple[range, ...]]:
         deleted: dict[int, tuple[range, ...]] = {}
-        for _ in range(self.var_uint()):
+        for _ in range(self.clients()):
             client = self.client()
             count = self.var_uint()
             self.deletions_left -= count

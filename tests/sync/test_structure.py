@@ -626,6 +626,8 @@ def test_over_a_limit_is_too_large(limits: Limits, code: str) -> None:
 
 def test_a_count_that_promises_more_than_the_limit_costs_nothing() -> None:
     for update in (
+        write_var_uint(2**40),
+        b"\x00" + write_var_uint(2**40),
         b"\x01" + write_var_uint(2**40) + b"\7\0",
         value_update(b"\x75" + write_var_uint(2**40)),
         value_update(b"\x76" + write_var_uint(2**40)),
