@@ -9,20 +9,19 @@ must not know documents, engines or sampling.
 
 from __future__ import annotations
 
-import datetime as dt
 import hashlib
 import itertools
 import json
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from crdt_llm.errors import LocalMisuse, ModelUnusable
+from crdt_llm.errors import LocalMisuse
 from crdt_llm.inference.models import read_json
-from crdt_llm.inference.template import ChatTemplate, TemplateRefused
+from crdt_llm.inference.scaffolds import fill_dates, learn
+from crdt_llm.inference.template import ChatTemplate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from crdt_llm.inference.tokens import Part, Vocabulary
@@ -35,18 +34,6 @@ REDACTED_TEXT: Final = "[redacted]"
 
 AUTHOR_ROLES: Final = ("system", "user", "tool")
 """The roles whose entries are written whole; the fourth, ``assistant``, is replies."""
-
-# Stand in a template's output for a content and for a date. No template, trimming or lower-casing
-# aside, changes or contains such words.
-_CONTENT: Final = "zq7content{}w"
-_CONTENT_PATTERN: Final = re.compile(r"zq7content(\d+)w")
-_DATE: Final = "zq7date{}w"
-_DATE_PATTERN: Final = re.compile(r"zq7date(\d+)w")
-
-# The last millisecond that a date can have: clocks in a document are whatever somebody wrote.
-_AT_MS_MAX: Final = 253_402_300_799_999
-# Two dates that differ in every field: what a template does with its clock must hold for both.
-_TRIAL_DATES_MS: Final = (946_684_799_000, 1_721_995_230_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +72,7 @@ class Renderer:
     end_ids: frozenset[int]
     _vocabulary: Vocabulary
     _preamble: tuple[Part, ...]
-    _system_root: tuple[Part, ...]
+    _system_root: _Scaffold
     _scaffolds: Mapping[str, _Scaffold]
     _generation: tuple[Part, ...]
     _reply_close: tuple[Part, ...]
@@ -103,7 +90,7 @@ class Renderer:
             ModelUnusable: the template cannot be used so; the message says why.
         """
         template = ChatTemplate.load(model_dir)
-        text = _learn(template)
+        text = learn(template)
         parts = vocabulary.parts
         reply_close = parts(text.reply_close)
         identity = [
@@ -119,10 +106,12 @@ class Renderer:
             end_ids=_model_end_ids(model_dir) | frozenset(closing[:1]),
             _vocabulary=vocabulary,
             _preamble=parts(text.preamble),
-            _system_root=parts(text.system_root),
+            _system_root=_Scaffold(*map(parts, text.system_root)),
             _scaffolds={
-                role: _Scaffold(parts(opening), parts(close))
-                for role, (opening, close) in text.turns.items()
+                role: _Scaffold(*map(parts, surround))
+                for role, surround in zip(
+                    AUTHOR_ROLES, (text.system, text.user, text.tool), strict=True
+                )
             },
             _generation=parts(text.generation),
             _reply_close=reply_close,
@@ -146,8 +135,12 @@ class Renderer:
         """
         if role not in AUTHOR_ROLES:
             raise LocalMisuse(f"{role!r} entries have no content to render; see reply_opening")
-        scaffold = self._scaffolds[role]
-        before = self._before(scaffold.opening, is_root=is_root, parent=parent, role=role)
+        if is_root and role == "system":
+            scaffold = self._system_root
+            before = scaffold.opening
+        else:
+            scaffold = self._scaffolds[role]
+            before = self._before(scaffold.opening, is_root=is_root, parent=parent)
         parts = (
             *self._dated(before, root_at_ms),
             content,
@@ -169,7 +162,7 @@ class Renderer:
         """
         if extend and parent.is_reply and not is_root:
             return ()
-        before = self._before(self._generation, is_root=is_root, parent=parent, role="assistant")
+        before = self._before(self._generation, is_root=is_root, parent=parent)
         return self._encode(self._dated(before, root_at_ms), is_root=is_root, parent=parent)
 
     def reply_text(self, content: str) -> tuple[int, ...]:
@@ -177,11 +170,10 @@ class Renderer:
         return tuple(self._vocabulary.encode_text(content))
 
     def _before(
-        self, opening: tuple[Part, ...], *, is_root: bool, parent: ParentTail, role: str
+        self, opening: tuple[Part, ...], *, is_root: bool, parent: ParentTail
     ) -> tuple[Part, ...]:
-        if is_root:
-            return self._system_root if role == "system" else (*self._preamble, *opening)
-        return (*self._close_of(parent), *opening)
+        before = self._preamble if is_root else self._close_of(parent)
+        return (*before, *opening)
 
     def _close_of(self, parent: ParentTail) -> tuple[Part, ...]:
         if not parent.is_reply:
@@ -210,170 +202,9 @@ class Renderer:
         if not self._date_formats:
             return tuple(parts)
         return tuple(
-            _fill_dates(part, self._date_formats, at_ms) if isinstance(part, str) else part
+            fill_dates(part, self._date_formats, at_ms) if isinstance(part, str) else part
             for part in parts
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Learned:
-    """A template's scaffolds as text, dates marked."""
-
-    preamble: str
-    system_root: str
-    turns: Mapping[str, tuple[str, str]]
-    generation: str
-    reply_close: str
-    date_formats: tuple[str, ...]
-
-
-class _Trial:
-    """A template that is shown conversations of marked contents, with marks for a clock."""
-
-    def __init__(self, template: ChatTemplate) -> None:
-        self._template = template
-        self._formats: list[str] = []
-        self.why_refused = "it says nothing"
-
-    @property
-    def date_formats(self) -> tuple[str, ...]:
-        return tuple(self._formats)
-
-    def gaps(self, *roles: str, generation: bool = False) -> list[str] | None:
-        """What the template writes before, between and after the contents of these roles.
-
-        Returns:
-            One text more than there are roles, or None if the template refuses the roles or does
-            not write each content once and in order.
-        """
-        try:
-            text = self._render(roles, self._mark, generation=generation)
-        except TemplateRefused as refused:
-            self.why_refused = str(refused)
-            return None
-        found = _CONTENT_PATTERN.findall(text)
-        if found != [str(index) for index in range(len(roles))]:
-            self.why_refused = "it does not write every content once and in order"
-            return None
-        return re.split(_CONTENT_PATTERN.pattern.replace("(", "(?:"), text)
-
-    def check_dates(self, *roles: str) -> None:
-        """See that filling in a date later gives what the template would have written then."""
-        marked = self._render(roles, self._mark, generation=False)
-        for at_ms in _TRIAL_DATES_MS:
-            try:
-                now = self._render(roles, _clock(at_ms), generation=False)
-            except TemplateRefused as refused:
-                raise ModelUnusable(f"the chat template cannot be used: {refused}") from refused
-            if now != _fill_dates(marked, self.date_formats, at_ms):
-                raise ModelUnusable(
-                    "the chat template cannot be used: it computes with today's date"
-                )
-
-    def _mark(self, date_format: str) -> str:
-        if date_format not in self._formats:
-            self._formats.append(date_format)
-        return _DATE.format(self._formats.index(date_format))
-
-    def _render(
-        self, roles: Sequence[str], clock: Callable[[str], str], *, generation: bool
-    ) -> str:
-        messages = [
-            # The last two are what templates ask of a tool's message.
-            {
-                "role": role,
-                "content": _CONTENT.format(index),
-                **({"name": "tool", "tool_call_id": "000000000"} if role == "tool" else {}),
-            }
-            for index, role in enumerate(roles)
-        ]
-        return self._template.render(messages, add_generation_prompt=generation, strftime_now=clock)
-
-
-def _learn(template: ChatTemplate) -> _Learned:
-    """Take a template's output apart.
-
-    With P the preamble, O and C the open and close of user (u), assistant (a), system (s) and tool
-    (t), G the generation prompt and 1, 2, ... the contents, the template writes::
-
-        user                      P Ou 1 Cu             with the generation prompt  P Ou 1 Cu G
-        user assistant            P Ou 1 Cu Oa 2 Ca
-        user assistant user       P Ou 1 Cu Oa 2 Ca Ou 3 Cu
-        system user               Rs 1 Cs Ou 2 Cu       Rs: the beginning and Os, without P's
-        default text user assistant system user            ...2 Ca Os 3 Cs Ou 4 Cu user assistant
-        tool                   ...2 Ca Ot 3 Ct
-    """
-    trial = _Trial(template)
-    alone, asked = trial.gaps("user"), trial.gaps("user", generation=True)
-    answered, again = trial.gaps("user", "assistant"), trial.gaps("user", "assistant", "user")
-    if alone is None or asked is None or again is None:
-        raise ModelUnusable(f"the chat template cannot be used: {trial.why_refused}")
-
-    user_close = _common_beginning(alone[1], asked[1], again[1])
-    generation = asked[1].removeprefix(user_close)
-    bos = template.names.get("bos_token", "")
-    opens = []
-    if answered is not None and again[2].startswith(answered[2]):
-        opens.append(again[2].removeprefix(answered[2]))
-    if again[0] != bos:
-        # A template may close a reply only when something follows. Then the beginning, if it is but
-        # a token, tells where the user's scaffold begins.
-        opens.append(again[0].removeprefix(bos))
-    for user_open in opens:
-        if again[0].endswith(user_open) and again[2].endswith(user_open):
-            break
-    else:
-        raise ModelUnusable(
-            "the chat template cannot be used: it writes the first user's turn unlike the others"
-        )
-    reply_close = again[2].removesuffix(user_open)
-    user = (user_open, user_close)
-    preamble = again[0].removesuffix(user_open)
-    turns = {"user": user, "system": user, "tool": user}
-    system_root = preamble + user_open
-    trial.check_dates("user")
-
-    first = trial.gaps("system", "user")
-    if first is not None and user_open and first[1].endswith(user_open):
-        system_close = first[1].removesuffix(user_open)
-        system_root = first[0]
-        late = trial.gaps("user", "assistant", "system", "user")
-        if late is not None and late[2].startswith(reply_close) and late[3] == first[1]:
-            system_open = late[2].removeprefix(reply_close)
-        else:
-            system_open = system_root.removeprefix(bos)
-        turns["system"] = (system_open, system_close)
-        trial.check_dates("system", "user")
-
-    result = trial.gaps("user", "assistant", "tool")
-    answer = trial.gaps("user", "assistant", "tool", generation=True)
-    if (
-        result is not None
-        and answer is not None
-        and result[2].startswith(reply_close)
-        and answer[3] == result[3] + generation
-    ):
-        turns["tool"] = (result[2].removeprefix(reply_close), result[3])
-
-    return _Learned(preamble, system_root, turns, generation, reply_close, trial.date_formats)
-
-
-def _common_beginning(first: str, *others: str) -> str:
-    for length, character in enumerate(first):
-        if any(other[length : length + 1] != character for other in others):
-            return first[:length]
-    return first
-
-
-def _clock(at_ms: int) -> Callable[[str], str]:
-    """A clock that stands still, in UTC so that every machine reads the same."""
-    seconds = min(max(at_ms, 0), _AT_MS_MAX) // 1000
-    return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime
-
-
-def _fill_dates(text: str, formats: Sequence[str], at_ms: int) -> str:
-    clock = _clock(at_ms)
-    return _DATE_PATTERN.sub(lambda mark: clock(formats[int(mark[1])]), text)
 
 
 def _model_end_ids(model_dir: Path) -> frozenset[int]:

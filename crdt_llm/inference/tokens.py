@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import codecs
 import copy
-import enum
 import hashlib
 import json
 import re
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from tokenizers import Tokenizer
 
+from crdt_llm.document.seal import Kind
 from crdt_llm.errors import LocalMisuse, ModelUnusable
 from crdt_llm.inference.models import read_chat_template, read_json
 
@@ -32,14 +32,6 @@ Part: TypeAlias = int | str
 _REPLACEMENT: Final = "\ufffd"
 _SPACE_MARK: Final = "\u2581"  # sentencepiece writes a space so
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-class Kind(enum.StrEnum):
-    """What an id of a reply is: only ``SAMPLED`` ones are part of its text."""
-
-    SAMPLED = "sampled"
-    INJECTED = "injected"
-    REASONING = "reasoning"
 
 
 def _gpt2_alphabet() -> dict[str, int]:
@@ -220,7 +212,7 @@ class Vocabulary:
 
         Args:
             ids: the reply's ids in order.
-            kinds: a :class:`Kind` for each.
+            kinds: a :class:`~crdt_llm.document.seal.Kind` for each.
             stop: the stop strings.
         """
         text = b"".join(
