@@ -20,7 +20,6 @@ from crdt_llm.document.schema import (
     SCHEMA_VERSION,
     Birth,
     Born,
-    Entry,
     Params,
     Role,
     conversation_id,
@@ -38,6 +37,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from crdt_llm.document.schema import (
+        Entry,
+    )
     from crdt_llm.inference.engine import Engine
 
 OWNER = "owner"
@@ -116,7 +118,7 @@ class LocalRoom:
             seat.deliver(update)
         self.changed.set()
 
-    def write(  # noqa: PLR0913 - the fields of an entry
+    def write(
         self,
         text: str | None,
         *,
