@@ -32,9 +32,11 @@ from crdt_llm.document.schema import (
 from crdt_llm.document.seal import Where
 from crdt_llm.errors import (
     BadProof,
+    Corrupt,
     CrdtLlmError,
     EngineBusy,
     EngineDied,
+    Forbidden,
     LocalMisuse,
     PromptTooLong,
     Unavailable,
@@ -180,11 +182,17 @@ class Desk:
         self._dirty.set()
 
     async def run(self) -> None:
-        """Sit at the conversation until cancelled; take the seat anew whenever it is lost."""
+        """Sit at the conversation until cancelled; take the seat anew whenever it is lost.
+
+        Ends by itself where trying again cannot help: the conversation is damaged, or not ours.
+        """
         wait = RETRY_FIRST_S
         while True:
             try:
                 await self._sit()
+            except (Corrupt, Forbidden) as error:
+                logger.warning("conversation %s: %s; left alone", self._id, error)
+                return
             except CrdtLlmError as error:
                 logger.warning("conversation %s: %s; again in %.1f s", self._id, error, wait)
             except Exception:

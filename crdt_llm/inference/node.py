@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from crdt_llm.errors import ModelUnusable, Unavailable
@@ -62,7 +63,12 @@ class Node:
             ModelUnusable: the model cannot be used.
             EngineDied: the engine's process ended while it started.
         """
+        await self._take_engine()
+
+    async def _take_engine(self) -> None:
         self.engine = await self.surroundings.start_engine()
+        fingerprint = self.engine.capabilities.fingerprint
+        self.identity = replace(self.identity, model=fingerprint)
         self.problem = None
 
     def notice(self, conversation: str) -> None:
@@ -70,7 +76,7 @@ class Node:
         if self._closed:
             return
         seated = self._desks.pop(conversation, None)
-        if seated is None:
+        if seated is None or seated[1].done():
             self._make_room()
             desk = Desk(self, conversation)
             seated = (desk, asyncio.create_task(desk.run(), name=f"desk {conversation}"))
@@ -118,14 +124,13 @@ class Node:
         wait = RETRY_FIRST_S
         while True:
             try:
-                self.engine = await self.surroundings.start_engine()
+                await self._take_engine()
             except (Unavailable, ModelUnusable, OSError) as error:
                 self.problem = f"the engine does not start: {error}"
                 logger.warning("%s; next attempt in %.1f s", self.problem, wait)
                 await self.surroundings.sleep(wait)
                 wait = min(2 * wait, RETRY_MAX_S)
             else:
-                self.problem = None
                 self._wake_all()
                 return
 

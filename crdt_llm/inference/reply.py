@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MAX_TOKENS: Final = 512  # a long answer; keeps a model that never ends from filling the document
 TEMPERATURE: Final = 0.7
 TOP_P: Final = 0.95
+TOP_P_MIN: Final = 1e-6  # 0 asks for the most likely id alone, and no engine takes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def resolve(slot: Entry) -> dict[str, Any]:
     return {
         "max_tokens": MAX_TOKENS if asked.max_tokens is None else asked.max_tokens,
         "temperature": TEMPERATURE if asked.temperature is None else asked.temperature,
-        "top_p": TOP_P if asked.top_p is None else asked.top_p,
+        "top_p": TOP_P if asked.top_p is None else max(asked.top_p, TOP_P_MIN),
         "top_k": 0 if asked.top_k is None else asked.top_k,
         "seed": seed_of(slot.id) if asked.seed is None else asked.seed,
         "stop": list(asked.stop),
