@@ -137,6 +137,19 @@ class Finished:
     reason: FinishReason
 
 
+@dataclass(frozen=True, slots=True)
+class KvDigest:
+    """What exactness level 2 makes comparable: two processes that agree here agree everywhere.
+
+    Args:
+        kv: SHA-256 of the KV of the first n tokens, in an order of the engine's own.
+        logits: SHA-256 of the logits at n, float32 little-endian.
+    """
+
+    kv: bytes
+    logits: bytes
+
+
 GenerationEvent = Prefilled | Sampled | Finished
 """One :class:`Prefilled`, then :class:`Sampled` ..., then one :class:`Finished`."""
 
@@ -170,7 +183,8 @@ class Engine(Protocol):
 
         The random number of a token depends on ``params.seed`` and its position alone, and
         ``max_tokens`` counts from ``start``: to resume a reply, pass the prompt with what was
-        sampled so far and the same ``start`` and ``params``.
+        sampled so far and the same ``start`` and ``params``. A reply that had ended already gives
+        its :class:`Prefilled` and :class:`Finished`.
 
         Closing the iterator cancels: seen before the next decode step and every 64 prefill rows.
 
@@ -181,8 +195,8 @@ class Engine(Protocol):
 
         Raises:
             PromptTooLong: more ids than positions.
-            LocalMisuse: no ids, an id outside the vocabulary, ``start`` outside ``[1, len(ids)]``,
-                or a reply that has already ended.
+            LocalMisuse: no ids, an id outside the vocabulary, or ``start`` outside
+                ``[1, len(ids)]``.
             EngineBusy: no room for another request or its KV.
             EngineDied: the engine's process ended.
         """

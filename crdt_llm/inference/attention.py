@@ -1,0 +1,242 @@
+"""Attention over tiles at absolute positions, so that no cut of a prompt shows in the result.
+
+Owns how the rows of a chunk attend to the KV of a path: which kernel calls, in which shapes, and
+how their results are put together. It knows no weights and no token ids; slots come from outside.
+
+Every kernel call has a shape that is fixed by absolute positions alone: the query rows
+``[b * QUERY_BLOCK, (b + 1) * QUERY_BLOCK)`` form a block, filled up with zero rows where the chunk
+has no row, and a block meets each tile of ``TILE`` keys on its own. Chunks, neighbours and forks
+change how many such products there are, never what one of them looks like. Tiles are put together
+by their log-sum-exp, one after the other in the order of positions.
+
+Sources: the split over keys is Flash-Decoding (Dao et al., 2023); the query heads of one KV head
+stand side by side as query rows, which is what makes one new token cheap on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from crdt_llm.errors import LocalMisuse
+from crdt_llm.inference.kv import TILE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+QUERY_BLOCK = 4
+"""Query rows of a block. One row costs as much as the whole block, so a larger block slows the
+decode step and a smaller one the prefill. It divides TILE: a block ends in one tile."""
+
+KV_DTYPE = torch.bfloat16
+"""What keys and values are kept in: half the memory of float32, and as fast in the kernel."""
+
+
+class KvPool:
+    """The rows of every slot: keys and values of all layers, and the last hidden state.
+
+    The hidden state makes the logits of any resident position available without computing the
+    token again; it adds a few per cent to the KV.
+
+    Args:
+        count: slots.
+        layers: of the model.
+        kv_heads: heads of keys; as many of values.
+        head_dim: size of a head.
+        hidden: width of the last hidden state.
+    """
+
+    def __init__(self, count: int, layers: int, kv_heads: int, head_dim: int, hidden: int) -> None:
+        # Zeroed memory is mapped lazily by the system: a slot costs nothing until it is used.
+        self.kv = torch.zeros(count, layers, 2 * kv_heads, TILE, head_dim, dtype=KV_DTYPE)
+        self.hidden = torch.zeros(count, TILE, hidden, dtype=KV_DTYPE)
+        self.kv_heads = kv_heads
+
+    @staticmethod
+    def slot_bytes(layers: int, kv_heads: int, head_dim: int, hidden: int) -> int:
+        """Memory of one slot."""
+        return TILE * (2 * layers * kv_heads * head_dim + hidden) * KV_DTYPE.itemsize
+
+    @property
+    def count(self) -> int:
+        """How many slots there are."""
+        return len(self.kv)
+
+    def copy_rows(self, source: int, target: int, rows: int) -> None:
+        """Copy the rows ``[0, rows)`` of a slot into another."""
+        self.kv[target, :, :, :rows] = self.kv[source, :, :, :rows]
+        self.hidden[target, :rows] = self.hidden[source, :rows]
+
+    def wipe(self, slot: int, start: int) -> None:
+        """Set the rows ``[start, TILE)`` of a slot to zero."""
+        self.kv[slot, :, :, start:] = 0
+        self.hidden[slot, start:] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The rows of one forward step: positions ``[position, position + rows)`` within one tile.
+
+    Args:
+        position: of the first row.
+        rows: how many; they end in the tile in which they begin.
+        slots: the slots of the path's tiles; the last one takes the new rows.
+    """
+
+    position: int
+    rows: int
+    slots: Sequence[int]
+
+    def __post_init__(self) -> None:
+        tile = self.position // TILE
+        if self.rows < 1 or (self.position + self.rows - 1) // TILE != tile:
+            raise LocalMisuse("a chunk has rows, and all of them in one tile")
+        if len(self.slots) != tile + 1:
+            raise LocalMisuse("a chunk needs the slots of every tile up to its own")
+
+    @property
+    def offset(self) -> int:
+        """Of the first row in its tile."""
+        return self.position % TILE
+
+
+class TiledAttention:
+    """The attention of one chunk, prepared once and used in every layer.
+
+    Args:
+        pool: where the KV is.
+        chunk: the rows.
+        heads: query heads; a multiple of the pool's KV heads.
+        scale: what scores are multiplied by.
+    """
+
+    def __init__(self, pool: KvPool, chunk: Chunk, heads: int, scale: float) -> None:
+        self._pool = pool
+        self._chunk = chunk
+        self._scale = scale
+        self._group = heads // pool.kv_heads
+        self._skipped = chunk.offset % QUERY_BLOCK  # rows of the first block before the chunk
+        self._blocks = -(-(self._skipped + chunk.rows) // QUERY_BLOCK)
+        self._runs = _runs(chunk.slots[:-1])
+        # With one product in all the kernel is called outside of its parallel region, where the
+        # matrix library may split it over threads: another order of additions. So there are two.
+        self._copies = 2 if self._blocks * pool.kv_heads == 1 else 1
+        first = chunk.offset - self._skipped
+        rows = torch.arange(first, first + self._blocks * QUERY_BLOCK).view(-1, QUERY_BLOCK, 1, 1)
+        hidden = (torch.arange(TILE) > rows).expand(-1, -1, self._group, -1)
+        mask = torch.zeros(hidden.shape, dtype=KV_DTYPE).masked_fill_(hidden, float("-inf"))
+        self._mask = mask.reshape(self._blocks, 1, QUERY_BLOCK * self._group, TILE)
+        if self._copies > 1:
+            self._mask = self._mask.expand(self._copies, -1, -1, -1)
+
+    def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
+        """Write the chunk's keys and values, and attend.
+
+        Args:
+            layer: index of the layer.
+            queries: float32, ``(rows, heads, head_dim)``.
+            keys_values: float32, ``(rows, 2 * kv_heads, head_dim)``: keys, then values.
+
+        Returns:
+            float32, ``(rows, heads * head_dim)``.
+        """
+        chunk, pool = self._chunk, self._pool
+        kv_heads = pool.kv_heads
+        last = pool.kv[chunk.slots[-1], layer]
+        last[:, chunk.offset : chunk.offset + chunk.rows].copy_(keys_values.transpose(0, 1))
+        blocks = self._to_blocks(queries)
+        outputs: list[Tensor] = []
+        sums: list[Tensor] = []
+        for start, count in self._runs:
+            tiles = pool.kv[start : start + count, layer]
+            if self._blocks == 1 and self._copies == 1:
+                many = blocks.expand(count, -1, -1, -1)
+                output, log_sum = self._product(many, tiles[:, :kv_heads], tiles[:, kv_heads:])
+                outputs.extend(output.chunk(count))
+                sums.extend(log_sum.chunk(count))
+            else:
+                for tile in tiles.chunk(count):
+                    self._meet(blocks, tile, None, outputs, sums)
+        self._meet(blocks, last.unsqueeze(0), self._mask, outputs, sums)
+        return self._from_blocks(_merge(outputs, sums))
+
+    def _meet(
+        self,
+        blocks: Tensor,
+        tile: Tensor,
+        mask: Tensor | None,
+        outputs: list[Tensor],
+        sums: list[Tensor],
+    ) -> None:
+        """Multiply every block with one tile ``(1, 2 * kv_heads, TILE, head_dim)``."""
+        batch = self._blocks * self._copies
+        kv_heads = self._pool.kv_heads
+        output, log_sum = self._product(
+            blocks.expand(batch, -1, -1, -1) if self._copies > 1 else blocks,
+            tile[:, :kv_heads].expand(batch, -1, -1, -1),
+            tile[:, kv_heads:].expand(batch, -1, -1, -1),
+            mask,
+        )
+        outputs.append(output[: self._blocks])
+        sums.append(log_sum[: self._blocks])
+
+    def _product(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The kernel: softmax over one tile, and the log of its denominator."""
+        output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001 - the public function hides the log-sum-exp
+            queries, keys, values, attn_mask=mask, scale=self._scale
+        )
+        return output, log_sum
+
+    def _to_blocks(self, queries: Tensor) -> Tensor:
+        """``(rows, heads, d)`` to bfloat16 ``(blocks, kv_heads, QUERY_BLOCK * group, d)``."""
+        _, heads, head_dim = queries.shape
+        padded = torch.zeros(self._blocks * QUERY_BLOCK, heads, head_dim, dtype=KV_DTYPE)
+        padded[self._skipped : self._skipped + self._chunk.rows] = queries
+        kv_heads = self._pool.kv_heads
+        split = padded.view(self._blocks, QUERY_BLOCK, kv_heads, self._group, head_dim)
+        return split.transpose(1, 2).reshape(self._blocks, kv_heads, -1, head_dim)
+
+    def _from_blocks(self, blocks: Tensor) -> Tensor:
+        """The way back, without the rows that were filled up."""
+        head_dim = blocks.shape[-1]
+        split = blocks.view(self._blocks, self._pool.kv_heads, QUERY_BLOCK, self._group, head_dim)
+        rows = split.transpose(1, 2).reshape(self._blocks * QUERY_BLOCK, -1)
+        return rows[self._skipped : self._skipped + self._chunk.rows]
+
+
+def _runs(slots: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbouring slots as ``(first, count)``: each run is one view of the pool."""
+    runs: list[tuple[int, int]] = []
+    for slot in slots:
+        if runs and slot == sum(runs[-1]):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((slot, 1))
+    return runs
+
+
+def _merge(outputs: list[Tensor], sums: list[Tensor]) -> Tensor:
+    """Put the tiles of a row together, weighted by their share of the whole denominator.
+
+    Args:
+        outputs: of each tile, bfloat16 ``(blocks, kv_heads, rows, head_dim)``.
+        sums: of each tile, float32 ``(blocks, kv_heads, rows)``.
+
+    Returns:
+        float32 ``(blocks, kv_heads, rows, head_dim)``.
+    """
+    if len(outputs) == 1:
+        return outputs[0].to(torch.float32, memory_format=torch.contiguous_format)
+    # The softmax runs row by row over the tiles; the weighted sum is one multiplication and one
+    # addition after the other, because a reduction may pick its order by the size of the batch.
+    weights = torch.stack(sums, dim=-1).softmax(dim=-1).unsqueeze(-2)
+    merged = outputs[0] * weights[..., 0]
+    for index, output in enumerate(outputs[1:], 1):
+        merged += output * weights[..., index]
+    return merged

@@ -1,0 +1,452 @@
+"""The forward step of the Llama family: rows of token ids in, KV rows and hidden states out.
+
+Owns the model: which configurations it can run, how a folder of weights becomes layers, and the
+arithmetic of one chunk. It knows slots, but not which ids they hold, nor requests, nor sampling.
+
+What is run: decoder-only models whose every layer is full causal attention and a SiLU-gated MLP
+behind RMS norms (Llama, SmolLM, Mistral without a window, Qwen2, Qwen3), recognised by their
+configuration and by the names of their weights. Anything else is refused with the reason: a
+configuration key or a weight that is ignored would be a model that silently says other words.
+
+The result of a row depends on the row and on the KV before it alone, bit for bit: linear layers by
+:mod:`~crdt_llm.inference.quantised`, attention by :mod:`~crdt_llm.inference.attention`, and here by
+keeping to operations that treat each row or each element alike. Two habits of the library need
+care: it splits large element-wise operations over threads, and the elements at the end of such a
+part go through scalar code, whose ``exp`` rounds differently; and it may fuse a multiplication with
+an addition in one of the two. So rows go through SiLU in parts that are not split, whose width has
+no such end, and products are added in a step of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.nn import functional
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from crdt_llm.errors import ModelUnusable
+from crdt_llm.inference.attention import KV_DTYPE, KvPool, TiledAttention
+from crdt_llm.inference.quantised import WEIGHT_FORMAT, Int8Linear, Rows, check_integer_product
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+    from crdt_llm.inference.attention import Chunk
+
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+
+# Rotations that are a function of the position alone. "dynamic" and "longrope" change with the
+# length of the prompt, so the KV of the first n tokens would not be one value.
+ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+
+ELEMENTS_MAX_PER_THREAD = 32768
+"""Up to so many elements torch does not split an element-wise operation over threads
+(``at::internal::GRAIN_SIZE``)."""
+
+VECTOR_ELEMENTS = 32
+"""A multiple of this many float32 has no end that goes through scalar code: two AVX-512 registers,
+which is what the vectorised loop takes at a time."""
+
+HASH_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes of a model, read from its configuration."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    positions: int
+    norm_epsilon: float
+    tied_head: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The weights of one layer; ``query_norm`` and ``key_norm`` are Qwen3's."""
+
+    attention_norm: Tensor
+    queries_keys_values: Int8Linear
+    head_norm: Tensor | None
+    output: Int8Linear
+    mlp_norm: Tensor
+    gate_up: Int8Linear
+    down: Int8Linear
+
+
+class Weights:
+    """The tensors of a model folder, each taken once.
+
+    Args:
+        folder: with ``model.safetensors`` or its shards and their index.
+
+    Raises:
+        ModelUnusable: a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        for file in weight_files(folder):
+            try:
+                with safe_open(file, framework="pt") as shard:
+                    for name in shard.keys():  # noqa: SIM118 - not a mapping
+                        self._tensors[name] = shard.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                message = f"{file} is damaged ({error}): fetch the model again"
+                raise ModelUnusable(message) from error
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The tensor of this name, with exactly this shape."""
+        tensor = self.take_if_there(name, *shape)
+        if tensor is None:
+            message = f"the model has no weight {name}: its configuration and its weights disagree"
+            raise ModelUnusable(message)
+        return tensor
+
+    def take_if_there(self, name: str, *shape: int) -> Tensor | None:
+        """As :meth:`take`, or None."""
+        tensor = self._tensors.pop(name, None)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            message = (
+                f"weight {name} has shape {tuple(tensor.shape)}, but the configuration says {shape}"
+            )
+            raise ModelUnusable(message)
+        return tensor
+
+    def check_empty(self) -> None:
+        """Refuse what nobody took: a part of the model that would be ignored.
+
+        Raises:
+            ModelUnusable: there is such a part.
+        """
+        if self._tensors:
+            message = (
+                f"this engine does not know the weight {min(self._tensors)} and would compute "
+                "something else than the model: use another model or another engine"
+            )
+            raise ModelUnusable(message)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in the order of their names.
+
+    Raises:
+        ModelUnusable: there are none.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelUnusable(f"{index} is damaged: fetch the model again") from error
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise ModelUnusable(f"{file} is missing: fetch the model again")
+    return files
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration of a model folder.
+
+    Raises:
+        ModelUnusable: it is missing, damaged, or describes what this engine does not compute.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelUnusable(f"{folder / 'config.json'} is missing: this is no model folder")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelUnusable(f"the configuration in {folder} cannot be read: {reason}") from error
+    _check_supported(config)
+    return config
+
+
+def _check_supported(config: PretrainedConfig) -> None:
+    def get(name: str, default: Any = None) -> Any:
+        return getattr(config, name, default)
+
+    rope = get("rope_parameters") or {}
+    window = get("sliding_window") is not None and get("use_sliding_window", True)
+    layer_types = set(get("layer_types") or ())
+    refusals = (
+        (get("is_encoder_decoder"), "is an encoder-decoder"),
+        (config.model_type not in MODEL_TYPES, "is not of the Llama family"),
+        (window or layer_types - {"full_attention"}, "has layers without full attention"),
+        (get("attn_logit_softcapping") or get("final_logit_softcapping"), "caps its logits"),
+        (get("quantization_config"), "is stored quantised"),
+        (get("hidden_act") != "silu", f"has the activation {get('hidden_act')}"),
+        (
+            rope.get("rope_type", "default") not in ROPE_TYPES,
+            "has a rotation that changes with length",
+        ),
+        (rope.get("partial_rotary_factor", 1) != 1, "rotates a part of each head only"),
+    )
+    for refused, reason in refusals:
+        if refused:
+            message = (
+                f"the model (type {config.model_type}) {reason}, which the torch engine cannot "
+                f"run exactly: it runs {', '.join(sorted(MODEL_TYPES))} with full attention"
+            )
+            raise ModelUnusable(message)
+
+
+def read_shape(config: PretrainedConfig) -> Shape:
+    """The sizes in a configuration."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shape = Shape(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=head_dim,
+        vocabulary=config.vocab_size,
+        positions=config.max_position_embeddings,
+        norm_epsilon=config.rms_norm_eps,
+        tied_head=bool(config.tie_word_embeddings),
+    )
+    if shape.heads % shape.kv_heads or shape.head_dim % 2:
+        raise ModelUnusable("the configuration has head counts or sizes that do not divide")
+    return shape
+
+
+def cpu_features() -> str:
+    """What of this CPU selects kernels: vendor and vector extensions, as the system names them."""
+    features = {platform.machine(), torch.backends.cpu.get_cpu_capability()}
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:  # noqa: PTH123 - a stream of the kernel, not a file
+            for line in file:
+                key, _, value = line.partition(":")
+                if key.strip() == "vendor_id":
+                    features.add(value.strip())
+                elif key.strip() in {"flags", "Features"}:
+                    prefixes = ("avx", "fma", "amx", "sse4", "asimd", "sve", "i8mm", "bf16")
+                    features.update(flag for flag in value.split() if flag.startswith(prefixes))
+                elif not line.strip():
+                    break  # the first processor speaks for all
+    except FileNotFoundError:  # not Linux: torch's own word for the CPU has to do
+        features.add(platform.processor())
+    return " ".join(sorted(features))
+
+
+def fingerprint(folder: Path, config: PretrainedConfig) -> str:
+    """A digest over everything that the numbers depend on: 32 hexadecimal digits."""
+    state = hashlib.sha256()
+    for part in (
+        "crdt-llm/1/torch-engine/1",  # raise the last number when the arithmetic here changes
+        WEIGHT_FORMAT,
+        str(KV_DTYPE),
+        torch.__version__,
+        cpu_features(),
+        config.model_type,
+        repr(read_shape(config)),
+        json.dumps(config.rope_parameters, sort_keys=True),
+    ):
+        state.update(len(part).to_bytes(4, "little") + part.encode())
+    for file in weight_files(folder):
+        with file.open("rb") as stream:
+            state.update(hashlib.file_digest(stream, "sha256").digest())
+    return state.hexdigest()[:32]
+
+
+class Llama:
+    """A model of the family, ready to run.
+
+    Args:
+        folder: config.json and safetensors.
+
+    Raises:
+        ModelUnusable: the model cannot be used, and why.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        config = read_config(folder)
+        check_integer_product()
+        self.shape = read_shape(config)
+        self.fingerprint = fingerprint(folder, config)
+        weights = Weights(folder)
+        shape = self.shape
+        table_shape = (shape.vocabulary, shape.hidden)
+        self._embedding = weights.take("model.embed_tokens.weight", *table_shape)
+        self._layers = [
+            self._read_layer(weights, f"model.layers.{index}.") for index in range(shape.layers)
+        ]
+        self._norm = weights.take("model.norm.weight", shape.hidden).float()
+        head = weights.take_if_there("lm_head.weight", *table_shape)
+        if head is None or shape.tied_head:
+            head = self._embedding
+        self._head = Int8Linear.quantise([head], [None])
+        weights.check_empty()
+        self._cosines, self._sines = self._rotations(config)
+
+    def new_pool(self, memory_bytes: int) -> KvPool:
+        """A pool of as many slots as fit the memory.
+
+        Raises:
+            ModelUnusable: not even two slots fit.
+        """
+        shape = self.shape
+        sizes = (shape.layers, shape.kv_heads, shape.head_dim, shape.hidden)
+        slot_bytes = KvPool.slot_bytes(*sizes)
+        count = memory_bytes // slot_bytes
+        if count < SLOTS_MIN:
+            message = (
+                f"a KV memory of {memory_bytes} bytes is too small for this model: "
+                f"give it at least {SLOTS_MIN * slot_bytes}"
+            )
+            raise ModelUnusable(message)
+        return KvPool(count, *sizes)
+
+    def forward(self, ids: Tensor, chunk: Chunk, pool: KvPool) -> None:
+        """Compute the rows of a chunk into the last of its slots.
+
+        Args:
+            ids: int64, ``(chunk.rows,)``.
+            chunk: where the rows stand.
+            pool: where the KV before them is, and theirs goes.
+        """
+        shape = self.shape
+        rows = chunk.rows
+        attention = TiledAttention(pool, chunk, shape.heads, shape.head_dim**-0.5)
+        end = chunk.position + rows
+        cosines = self._cosines[chunk.position : end]
+        sines = self._sines[chunk.position : end]
+        rotated_heads = shape.heads + shape.kv_heads
+        all_heads = rotated_heads + shape.kv_heads
+        state = self._embedding[ids].float()
+        for index, layer in enumerate(self._layers):
+            normed = self._normed(state, layer.attention_norm)
+            vectors = layer.queries_keys_values(Rows.round(normed))
+            vectors = vectors.view(rows, all_heads, shape.head_dim)
+            rotated = vectors[:, :rotated_heads]
+            if layer.head_norm is not None:
+                rotated.copy_(self._normed(rotated, layer.head_norm))
+            turned = rotated.roll(shape.head_dim // 2, -1).mul_(sines)
+            rotated.mul_(cosines).add_(turned)
+            attended = attention(index, vectors[:, : shape.heads], vectors[:, shape.heads :])
+            state += layer.output(Rows.round(attended))
+            gates = layer.gate_up(Rows.round(self._normed(state, layer.mlp_norm)))
+            state += layer.down(Rows.round(_gated(gates)))
+        last = pool.hidden[chunk.slots[-1]]
+        last[chunk.offset : chunk.offset + rows] = self._normed(state, self._norm)
+
+    def logits(self, pool: KvPool, slot: int, row: int) -> Tensor:
+        """The logits that follow a resident row: float32, ``(vocabulary,)``."""
+        return self._head(Rows.round(pool.hidden[slot, row : row + 1].float()))[0]
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _normed(self, state: Tensor, gain: Tensor) -> Tensor:
+        """RMS norm (Zhang and Sennrich, 2019) over the last dimension."""
+        mean = state.square().mean(-1, keepdim=True)
+        return state.mul(mean.add_(self.shape.norm_epsilon).rsqrt_()).mul_(gain)
+
+    def _read_layer(self, weights: Weights, prefix: str) -> Layer:
+        shape = self.shape
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        query_width = shape.heads * shape.head_dim
+        kv_width = shape.kv_heads * shape.head_dim
+
+        def linear(*parts: tuple[str, int, int], pad: int = 0) -> Int8Linear:
+            matrices, biases = [], []
+            for name, outputs, inputs in parts:
+                matrix = weights.take(name + ".weight", outputs, inputs)
+                bias = weights.take_if_there(name + ".bias", outputs)
+                matrices.append(functional.pad(matrix, (0, 0, 0, pad)))
+                biases.append(None if bias is None else functional.pad(bias, (0, pad)))
+            return Int8Linear.quantise(matrices, biases)
+
+        head_norm = None
+        query_norm = weights.take_if_there(attention + "q_norm.weight", shape.head_dim)
+        if query_norm is not None:
+            key_norm = weights.take(attention + "k_norm.weight", shape.head_dim)
+            head_norm = torch.cat(
+                [
+                    query_norm.float().expand(shape.heads, -1),
+                    key_norm.float().expand(shape.kv_heads, -1),
+                ]
+            )
+        weights.take_if_there(attention + "rotary_emb.inv_freq", shape.head_dim // 2)
+        pad = -shape.intermediate % VECTOR_ELEMENTS
+        down = weights.take(mlp + "down_proj.weight", shape.hidden, shape.intermediate)
+        down_bias = weights.take_if_there(mlp + "down_proj.bias", shape.hidden)
+        return Layer(
+            attention_norm=weights.take(prefix + "input_layernorm.weight", shape.hidden).float(),
+            queries_keys_values=linear(
+                (attention + "q_proj", query_width, shape.hidden),
+                (attention + "k_proj", kv_width, shape.hidden),
+                (attention + "v_proj", kv_width, shape.hidden),
+            ),
+            head_norm=head_norm,
+            output=linear((attention + "o_proj", shape.hidden, query_width)),
+            mlp_norm=weights.take(prefix + "post_attention_layernorm.weight", shape.hidden).float(),
+            gate_up=linear(
+                (mlp + "gate_proj", shape.intermediate, shape.hidden),
+                (mlp + "up_proj", shape.intermediate, shape.hidden),
+                pad=pad,
+            ),
+            down=Int8Linear.quantise([functional.pad(down, (0, pad))], [down_bias]),
+        )
+
+    def _rotations(self, config: PretrainedConfig) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of every position, ``(positions, 1, head_dim)``.
+
+        RoPE (Su et al., 2021) turns ``(a, b)`` to ``(a cos - b sin, b cos + a sin)``, where ``a``
+        and ``b`` are the halves of a head. With the sign in the table it is one rotation of the
+        head by half its size, two products and a sum.
+        """
+        rope_type = config.rope_parameters.get("rope_type", "default")
+        factor = 1.0
+        if rope_type == "default":
+            exponents = torch.arange(0, self.shape.head_dim, 2).float() / self.shape.head_dim
+            frequencies = 1.0 / (config.rope_parameters["rope_theta"] ** exponents)
+        else:
+            frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+        angles = torch.outer(torch.arange(self.shape.positions).float(), frequencies)
+        cosines, sines = angles.cos() * factor, angles.sin() * factor
+        return (
+            torch.cat((cosines, cosines), -1).unsqueeze(1),
+            torch.cat((-sines, sines), -1).unsqueeze(1),
+        )
+
+
+SLOTS_MIN = 2
+"""A path that leaves a tile in the middle needs the tile and its copy."""
+
+
+def _gated(gates: Tensor) -> Tensor:
+    """``silu(gate) * up`` of ``(rows, 2 * width)``, in parts that torch does not split."""
+    width = gates.shape[1] // 2
+    rows_max = max(1, ELEMENTS_MAX_PER_THREAD // width)
+    parts = [
+        functional.silu(part[:, :width]).mul_(part[:, width:]) for part in _in_rows(gates, rows_max)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _in_rows(rows: Tensor, count_max: int) -> Iterator[Tensor]:
+    for start in range(0, len(rows), count_max):
+        yield rows[start : start + count_max]
