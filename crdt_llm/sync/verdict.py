@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from crdt_llm.errors import (
     AuthenticationFailed,
     Corrupt,
-    CrdtLlmError,
     Forbidden,
     MalformedMessage,
     Refused,
@@ -24,6 +23,9 @@ from crdt_llm.errors import (
     TooLarge,
     Unavailable,
 )
+
+if TYPE_CHECKING:
+    from crdt_llm.errors import CrdtLlmError
 
 NO_SUCH_CONVERSATION: Final = "no-such-conversation"
 """The code of the refusal of a name that is no conversation id."""

@@ -1,0 +1,317 @@
+"""The rooms of one process, by conversation id.
+
+This module owns which rooms are open, who is told of commits, and the peers that live in this
+process. It must not know sockets or frames.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, assert_never
+
+from crdt_llm.document.schema import is_conversation_id
+from crdt_llm.errors import (
+    ConnectionLost,
+    Corrupt,
+    Gap,
+    Refused,
+    Stopping,
+    Unavailable,
+)
+from crdt_llm.sync.room import Peer, Room, Submission
+from crdt_llm.sync.verdict import (
+    NO_SUCH_CONVERSATION,
+    Committed,
+    Denied,
+    Known,
+    Lacking,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from crdt_llm.errors import CrdtLlmError
+    from crdt_llm.store.log import Stored, UpdateLog
+    from crdt_llm.sync.verdict import Verdict
+    from crdt_llm.sync.wire import AwarenessState
+
+logger = logging.getLogger("crdt_llm.sync")
+
+ROOMS_MAX: Final = 1024
+"""Rooms in memory; a usual document takes a few MB. Beyond it idle rooms go first, and if there are
+none, whoever comes is told to try again."""
+
+IDLE_S: Final = 60.0
+"""A room that nobody is in stays this long: a page that reloads is back within seconds."""
+
+
+def _ignore(_: CrdtLlmError) -> None:
+    """Nobody asked to hear of it."""
+
+
+class Membership(Peer):
+    """A peer in this process, such as a node. Made by :meth:`Hub.join`.
+
+    A refused update is refused whole, but the membership goes on; only the caller's own replica
+    then holds what nobody else has, and must be made anew. When the room ends (a commit failed, or
+    the process stops), every waiting :meth:`submit` raises, ``lost`` is called once with the same
+    error, and the way on is to join again: ``state`` is then what survived.
+
+    Attributes:
+        state: The committed document at the moment of joining; ``deliver`` is called for all that
+            comes after.
+    """
+
+    survives_refusal = True
+
+    def __init__(
+        self,
+        principal: str,
+        *,
+        node: bool,
+        deliver: Callable[[bytes], None],
+        lost: Callable[[CrdtLlmError], None],
+    ) -> None:
+        super().__init__(principal, node=node)
+        self.state = b""
+        self._deliver = deliver
+        self._lost = lost
+        self._room: Room | None = None
+        self._over: CrdtLlmError | None = None
+        self._waiting: set[asyncio.Future[Verdict]] = set()
+
+    async def submit(self, update: bytes) -> None:
+        """Write. Returns when the update is durable (or was already); cancelling stops nothing.
+
+        Raises:
+            Refused: Against a rule; nothing of it is stored.
+            MalformedMessage: No update.
+            Gap: It builds on something that is not here: join again for the whole state.
+            Unavailable: It is not durable: the commit failed (``StoreFailed``), the process stops
+                (``Stopping``), or this membership is over (``ConnectionLost``).
+        """
+        if self._over is not None:
+            raise self._over
+        if self._room is None:
+            raise ConnectionLost("this membership was left")
+        waiting: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self._waiting.add(waiting)
+        waiting.add_done_callback(self._waiting.discard)
+        submission = Submission(self, update, is_document=True, tag=waiting)
+        await self._room.submit(submission)
+        verdict = await asyncio.shield(waiting)
+        match verdict:
+            case Committed() | Known():
+                return
+            case Lacking(reason):
+                raise Gap(reason)
+            case Denied(error):
+                raise error
+            case _:
+                assert_never(verdict)
+
+    def leave(self) -> None:
+        """Take no part any more. What was submitted is still carried out, unheard."""
+        if self._room is not None:
+            self._room.leave(self)
+        self._end(ConnectionLost("this membership was left"))
+
+    # -- for the room --------------------------------------------------------------------------
+
+    def entered(self, room: Room) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`."""
+        self._room = room
+        self.state = room.diff()
+
+    def settle(self, submission: Submission, verdict: Verdict, room: Room) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`."""
+        del room  # known since it was entered
+        waiting: asyncio.Future[Verdict] = submission.tag
+        if not waiting.done():
+            waiting.set_result(verdict)
+
+    def deliver(self, update: bytes) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`."""
+        self._deliver(update)
+
+    def answer(self, room: Room) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`; nothing is asked for here."""
+
+    def presence(self, states: tuple[AwarenessState, ...]) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`; a node does not look who is here."""
+
+    def dismiss(self, error: CrdtLlmError) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`."""
+        self._end(error)
+        self._lost(error)
+
+    def _end(self, error: CrdtLlmError) -> None:
+        if self._over is None:
+            self._over = error
+        for waiting in tuple(self._waiting):
+            if not waiting.done():
+                waiting.set_exception(error)
+                waiting.exception()  # whoever waits hears of it; if nobody does, that is no fault
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether the relay can serve.
+
+    Attributes:
+        store: ``None``, or why the store does not take writes.
+        damaged: Conversations that could not be read, with the reason.
+    """
+
+    store: str | None
+    damaged: Mapping[str, str] = field(default_factory=dict)
+
+
+class Hub:
+    """All rooms.
+
+    Args:
+        log: Where conversations are durable. It stays open; closing it is the caller's.
+        clock: Seconds, monotonic.
+        random: Random bytes.
+    """
+
+    def __init__(
+        self,
+        log: UpdateLog,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        random: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self._log = log
+        self._clock = clock
+        self._random = random
+        self._rooms: dict[str, Room] = {}  # the least recently entered first
+        self._ending: set[asyncio.Task[None]] = set()
+        self._damaged: dict[str, str] = {}
+        self._listeners: list[Callable[[str], None]] = []
+        self._closed = False
+
+    async def enter(self, conversation: str, peer: Peer) -> None:
+        """Let a peer into a room, opening it if need be.
+
+        Raises:
+            Refused: ``conversation`` is no conversation id.
+            Forbidden: The peer has no right there.
+            Corrupt: What is stored of it is damaged.
+            Unavailable: Not now.
+        """
+        if not is_conversation_id(conversation):
+            raise Refused(
+                NO_SUCH_CONVERSATION, "a conversation id is 22 characters of A-Z a-z 0-9 - _"
+            )
+        await self._room(conversation).enter(peer)
+        self._damaged.pop(conversation, None)
+
+    async def join(
+        self,
+        conversation: str,
+        principal: str,
+        *,
+        node: bool = False,
+        deliver: Callable[[bytes], None],
+        lost: Callable[[CrdtLlmError], None] = _ignore,
+    ) -> Membership:
+        """Take part in a conversation from inside this process.
+
+        Args:
+            conversation: Its id.
+            principal: Who; for a node its own name.
+            node: Whether as the conversation's node.
+            deliver: Called with every committed update of others, in the order of the log, right
+                after the commit. It must not wait.
+            lost: Called once if the membership ends from the room's side.
+
+        Raises:
+            CrdtLlmError: As :meth:`enter`.
+        """
+        membership = Membership(principal, node=node, deliver=deliver, lost=lost)
+        await self.enter(conversation, membership)
+        return membership
+
+    def subscribe(self, changed: Callable[[str], None]) -> Callable[[], None]:
+        """Call ``changed`` with the conversation's id after every commit; the answer ends that."""
+        self._listeners.append(changed)
+        return lambda: self._listeners.remove(changed)
+
+    async def conversations(self) -> tuple[Stored, ...]:
+        """What is stored, the most recently changed first; see :class:`UpdateLog`."""
+        return await self._log.conversations()
+
+    @property
+    def health(self) -> Health:
+        """How the store is, and which conversations are damaged as far as is known."""
+        return Health(self._log.status.reason, dict(self._damaged))
+
+    def tick(self) -> None:
+        """Let go of presence that expired and of rooms that are idle. Call it every few seconds."""
+        now = self._clock()
+        for room in tuple(self._rooms.values()):
+            room.share_presence(room.awareness.expire())
+            if room.is_idle and now - room.idle_since >= IDLE_S:
+                self._evict(room)
+
+    async def close(self) -> None:
+        """Finish what was handed over, then dismiss everyone with ``Stopping``."""
+        self._closed = True
+        for room in tuple(self._rooms.values()):
+            self._evict(room)
+        if self._ending:
+            await asyncio.wait(self._ending)
+
+    def _room(self, conversation: str) -> Room:
+        if self._closed:
+            raise Stopping("the server is restarting: come back soon")
+        room = self._rooms.pop(conversation, None)
+        if room is None:
+            self._make_space()
+            room = Room(
+                conversation,
+                self._log,
+                clock=self._clock,
+                random=self._random,
+                committed=self._tell,
+                ended=self._forget,
+            )
+        self._rooms[conversation] = room
+        return room
+
+    def _make_space(self) -> None:
+        if len(self._rooms) < ROOMS_MAX:
+            return
+        idle = next((room for room in self._rooms.values() if room.is_idle), None)
+        if idle is None:
+            raise Unavailable("too many conversations are open: try again later")
+        self._evict(idle)
+
+    def _evict(self, room: Room) -> None:
+        self._rooms.pop(room.id, None)
+        task = asyncio.get_running_loop().create_task(room.stop(), name=f"stop {room.id}")
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    def _forget(self, room: Room, error: CrdtLlmError) -> None:
+        if self._rooms.get(room.id) is room:
+            del self._rooms[room.id]
+        if isinstance(error, Corrupt):
+            self._damaged[room.id] = str(error)
+
+    def _tell(self, conversation: str) -> None:
+        for changed in tuple(self._listeners):
+            try:
+                changed(conversation)
+            except Exception as failure:  # noqa: BLE001 - a listener's fault must not end a room
+                logger.error(  # noqa: TRY400 - one line an error
+                    "a listener failed on %s: %s",
+                    conversation,
+                    f"{type(failure).__name__}: {failure}",
+                )

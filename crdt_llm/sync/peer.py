@@ -1,0 +1,179 @@
+"""A peer of a room that hangs on a wire: a session, an outbox, and what ties them to the room.
+
+This module carries a session's events to the room and the room's calls to the session. It must not
+know sockets: whoever holds one gives frames in and takes frames out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final, assert_never
+
+from crdt_llm.document.conversation import EMPTY_STATE_VECTOR
+from crdt_llm.sync.outbox import Outbox
+from crdt_llm.sync.room import Peer, Submission
+from crdt_llm.sync.session import (
+    Answer,
+    Ask,
+    Close,
+    GoLive,
+    Presence,
+    PresenceAsked,
+    Session,
+    Submit,
+)
+from crdt_llm.sync.verdict import CLOSE_REASON_BYTES_MAX, close_code, reason_of, shorten
+from crdt_llm.sync.wire import AUTH_REASON_BYTES_MAX, AuthDenied, SyncStep1, SyncStep2, SyncUpdate
+from crdt_llm.sync.wire import encode as encode_frame
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from crdt_llm.errors import CrdtLlmError
+    from crdt_llm.sync.room import Room
+    from crdt_llm.sync.session import Event
+    from crdt_llm.sync.verdict import CloseCode, Verdict
+    from crdt_llm.sync.wire import AwarenessState
+
+_DENIED_BYTES_MAX: Final = AUTH_REASON_BYTES_MAX - 2  # its length takes two bytes
+
+
+class RemotePeer(Peer):
+    """One connection in the plain dialect.
+
+    Args:
+        principal: The authenticated name; empty for a connection that is only to be refused.
+    """
+
+    def __init__(self, principal: str) -> None:
+        super().__init__(principal)
+        self.close_code: CloseCode | None = None
+        self.close_reason = ""
+        self._session = Session()
+        self._outbox = Outbox()
+        self._news = asyncio.Event()
+        self._room: Room | None = None
+        self._is_live = False
+        # What the client has for certain, as it said or as it was sent...
+        self._has = EMPTY_STATE_VECTOR
+        # ...will have, once the outbox is empty...
+        self._will_have: bytes | None = None
+        # ...and had, when it came to lack something: a Step2 with the difference is owed.
+        self._owed: bytes | None = None
+
+    # -- for whoever holds the socket ----------------------------------------------------------
+
+    async def receive(self, frame: bytes) -> None:
+        """Take one frame; waits while the room has too many of this peer's updates."""
+        for event in self._session.receive(frame):
+            if isinstance(event, Submit) and self._room is not None:
+                submission = Submission(self, event.update, event.is_document, event)
+                await self._room.submit(submission)
+            else:
+                self._follow(event)
+
+    async def next_frame(self) -> bytes | None:
+        """The next frame to send, as soon as there is one; ``None`` when it is time to close."""
+        while True:
+            frame = self._outbox.take()
+            if frame is not None:
+                return frame
+            if self.close_code is not None:
+                return None
+            if self._will_have is not None:
+                self._has, self._will_have = self._will_have, None
+            if self._owed is not None and self._room is not None:
+                self._room.ask(self)
+            self._news.clear()
+            await self._news.wait()
+
+    def refuse(self, error: CrdtLlmError) -> None:
+        """End the connection, saying why."""
+        self._follow_all(self._session.close(close_code(error), reason_of(error)))
+
+    def leave(self) -> None:
+        """The socket is gone."""
+        if self._room is not None:
+            self._room.leave(self)
+
+    # -- for the room --------------------------------------------------------------------------
+
+    def entered(self, room: Room) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`."""
+        self._room = room
+        self._follow_all(self._session.open())
+        self.presence(room.awareness.states)
+
+    def settle(self, submission: Submission, verdict: Verdict, room: Room) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`."""
+        del room  # known since it was entered
+        self._follow_all(self._session.settle(submission.tag, verdict))
+
+    def deliver(self, update: bytes) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`."""
+        if not self._is_live or self._owed is not None:
+            return  # the Step2 to come holds it
+        if not self._outbox.put_update(encode_frame(SyncUpdate(update))):
+            self._will_have = None
+            self._owed = self._has
+        self._news.set()
+
+    def answer(self, room: Room) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`."""
+        if self._owed is None:
+            return
+        owed, self._owed = self._owed, None
+        self._will_have = room.state_vector()
+        self._outbox.put_document(encode_frame(SyncStep2(room.diff(owed))))
+        self._news.set()
+
+    def presence(self, states: Iterable[AwarenessState]) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`."""
+        self._outbox.put_presence(states)
+        self._news.set()
+
+    def dismiss(self, error: CrdtLlmError) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`."""
+        self.refuse(error)
+
+    # -- between the two -----------------------------------------------------------------------
+
+    def _follow_all(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self._follow(event)
+
+    def _follow(self, event: Event) -> None:  # noqa: C901 - a table of events
+        match event:
+            case Ask():
+                if self._room is not None:
+                    self._outbox.put_first(encode_frame(SyncStep1(self._room.state_vector())))
+            case GoLive():
+                self._is_live = True
+            case Answer(state_vector):
+                self._owed = self._has = state_vector
+                self._will_have = None
+                self._outbox.drop_document()
+            case Presence(states):
+                if self._room is not None:
+                    self._room.say(self, states)
+            case PresenceAsked():
+                if self._room is not None:
+                    self.presence(self._room.awareness.states)
+            case Close(code, reason, deny):
+                self._close(code, reason, deny=deny)
+            case Submit():
+                raise AssertionError("updates are handed over where waiting is possible")
+            case _:
+                assert_never(event)
+        self._news.set()
+
+    def _close(self, code: CloseCode, reason: str, *, deny: bool) -> None:
+        self._outbox.drop_all()
+        self._is_live = False
+        self._owed = None
+        if deny:
+            text = shorten(reason, _DENIED_BYTES_MAX)
+            self._outbox.put_first(encode_frame(AuthDenied(text)))
+        self.close_code = code
+        self.close_reason = shorten(reason, CLOSE_REASON_BYTES_MAX)
+        self.leave()

@@ -1,0 +1,348 @@
+"""The relay's sockets: websockets in the plain dialect, and a few plain HTTP pages.
+
+This module only moves bytes and bounds them: handshakes, tokens, origins, limits, keepalive, and a
+graceful stop. It must not know what a frame says, nor documents; whatever it carries is decided in
+:mod:`crdt_llm.sync.session` and :mod:`crdt_llm.sync.room`.
+
+``ws://host:port/<conversation id>?token=…`` joins a conversation; the token may instead come as
+``Authorization: Bearer …``. A connection that is refused is accepted first, because a browser tells
+its page nothing about a failed handshake: the reason comes as the dialect's auth message and in the
+close code. Only what cannot be an honest page (a foreign origin) or would cost too much (too many
+connections) is refused by HTTP.
+
+Tokens travel in URLs because browsers cannot set headers on websockets. So no request line is ever
+logged, and the library's own logging of handshakes is off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Final, Self
+from urllib.parse import parse_qs, unquote
+
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.datastructures import Headers
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Response
+
+from crdt_llm.document.schema import is_conversation_id
+from crdt_llm.errors import AuthenticationFailed, CrdtLlmError, MalformedMessage
+from crdt_llm.sync.access import may_connect
+from crdt_llm.sync.peer import RemotePeer
+from crdt_llm.sync.verdict import CloseCode
+from crdt_llm.sync.wire import FRAME_BYTES_MAX
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable
+
+    from websockets.asyncio.server import Server
+    from websockets.http11 import Request
+
+    from crdt_llm.sync.access import Authenticate
+    from crdt_llm.sync.hub import Hub
+
+logger = logging.getLogger("crdt_llm.sync")
+
+# The library logs request lines, and with them tokens, at level DEBUG, and whole stacks above it.
+_library_logger = logging.getLogger("crdt_llm.sync.websockets")
+_library_logger.setLevel(logging.CRITICAL + 1)
+
+TICK_S: Final = 5.0
+"""How often what expired is let go: a sixth of the time after which presence expires."""
+
+_PAGE: Final = """<!doctype html>
+<meta charset="utf-8"><title>crdt-llm</title>
+<h1>crdt-llm</h1>
+<p>A relay for conversations is running here. Join one with any Yjs client:
+<pre>new WebsocketProvider(relayUrl, conversationId, doc, { params: { token } })</pre>
+<p>or with <code>crdt-llm chat</code>.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one relay takes on. Times are seconds.
+
+    Attributes:
+        connections: Open websockets. Each takes some 100 KB with its queues.
+        sockets: Sockets of any kind, so that half-open handshakes cannot eat all file handles.
+        frame_bytes: One message; the largest is a Step2 with a whole document.
+        queue_frames: Frames of one connection that were read from the socket and wait.
+        write_buffer_bytes: Bytes of one connection that wait for the kernel.
+        open_s: How long a handshake may take: a phone on a bad line needs a few seconds.
+        ping_interval_s: How often a silent connection is asked whether it is there; below the
+            minute after which home routers forget a connection.
+        ping_timeout_s: How long it may take to say so.
+        close_s: How long a peer may take to agree to the end.
+    """
+
+    connections: int = 2000
+    sockets: int = 2500
+    frame_bytes: int = FRAME_BYTES_MAX
+    queue_frames: int = 4
+    write_buffer_bytes: int = 64 << 10
+    open_s: float = 10.0
+    ping_interval_s: float = 20.0
+    ping_timeout_s: float = 20.0
+    close_s: float = 5.0
+
+
+class Relay:
+    """A server in front of a hub.
+
+    Args:
+        hub: The rooms. :meth:`stop` closes it.
+        authenticate: Which principal a token stands for.
+        origins: Further origins whose pages may connect, as ``https://example.org``.
+        page: What ``GET /`` shows.
+        node_problem: For ``/readyz``: ``None``, or why the node cannot answer; without a function
+            there is no node here.
+        limits: What it takes on.
+        tls: A context for TLS.
+    """
+
+    def __init__(  # noqa: PLR0913 - everything outside is an argument
+        self,
+        hub: Hub,
+        *,
+        authenticate: Authenticate,
+        origins: frozenset[str] = frozenset(),
+        page: str = _PAGE,
+        node_problem: Callable[[], str | None] | None = None,
+        limits: Limits | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._hub = hub
+        self._authenticate = authenticate
+        self._origins = origins
+        self._page = page
+        self._node_problem = node_problem
+        self._limits = limits or Limits()
+        self._tls = tls
+        self._server: Server | None = None
+        self._ticking: asyncio.Task[None] | None = None
+        self._connections = 0
+
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        """Accept connections; port 0 takes a free one.
+
+        Raises:
+            OSError: The address is taken or not ours.
+        """
+        limits = self._limits
+        self._server = await serve(
+            self._serve,
+            host,
+            port,
+            ssl=self._tls,
+            # Conversations are small frames: deflate costs more time than it saves bytes.
+            compression=None,
+            process_request=self._route,
+            server_header=None,
+            create_connection=_counted(limits.sockets),
+            max_size=limits.frame_bytes,
+            max_queue=limits.queue_frames,
+            write_limit=limits.write_buffer_bytes,
+            open_timeout=limits.open_s,
+            ping_interval=limits.ping_interval_s,
+            ping_timeout=limits.ping_timeout_s,
+            close_timeout=limits.close_s,
+            logger=_library_logger,
+        )
+        self._ticking = asyncio.get_running_loop().create_task(self._tick(), name="relay tick")
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """The host and port of the first socket."""
+        if self._server is None:
+            raise RuntimeError("the relay was not started")
+        host, port = self._server.sockets[0].getsockname()[:2]
+        return host, port
+
+    async def stop(self) -> None:
+        """Finish what was accepted, tell everyone to come back soon (1012), and let go."""
+        if self._ticking is not None:
+            self._ticking.cancel()
+        await self._hub.close()
+        if self._server is not None:
+            self._server.close(code=CloseCode.RESTART, reason="restarting")
+            await self._server.wait_closed()
+
+    async def __aenter__(self) -> Self:
+        """Return the relay; start it first."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop it."""
+        await self.stop()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._hub.tick()
+
+    # -- plain HTTP ----------------------------------------------------------------------------
+
+    def _route(self, _: ServerConnection, request: Request) -> Response | None:
+        """Answer plain requests; ``None`` lets a websocket handshake go on."""
+        path, _, query = request.path.partition("?")
+        upgrade = ",".join(request.headers.get_all("Upgrade")).lower()
+        if "websocket" not in upgrade:
+            return self._answer(path, _token_of(request, query))
+        origins, hosts = request.headers.get_all("Origin"), request.headers.get_all("Host")
+        if len(origins) > 1 or len(hosts) > 1:
+            return _response(HTTPStatus.BAD_REQUEST, "one Origin and one Host, please")
+        if not may_connect(_first(origins), _first(hosts), self._origins):
+            return _response(HTTPStatus.FORBIDDEN, "pages of that origin may not connect here")
+        if self._connections >= self._limits.connections:
+            return _response(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
+        return None
+
+    def _answer(self, path: str, token: str | None) -> Response:
+        match path:
+            case "/":
+                return _response(HTTPStatus.OK, self._page, "text/html")
+            case "/healthz":
+                return _response(HTTPStatus.OK, "ok")
+            case "/readyz":
+                return self._readiness()
+        if not is_conversation_id(unquote(path[1:])):
+            return _response(HTTPStatus.NOT_FOUND, "there is nothing here")
+        if self._authenticate(token) is None:
+            response = _response(HTTPStatus.UNAUTHORIZED, "a valid token is needed")
+            response.headers["WWW-Authenticate"] = "Bearer"
+            return response
+        response = _response(HTTPStatus.UPGRADE_REQUIRED, "join a conversation by websocket")
+        response.headers["Upgrade"] = "websocket"
+        return response
+
+    def _readiness(self) -> Response:
+        health = self._hub.health
+        node = "none" if self._node_problem is None else self._node_problem() or "ok"
+        ready = health.store is None and node in {"none", "ok"}
+        body = {
+            "ready": ready,
+            "store": health.store or "ok",
+            "node": node,
+            "damaged_conversations": len(health.damaged),
+            "connections": self._connections,
+        }
+        status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
+        return _response(status, json.dumps(body), "application/json")
+
+    # -- websockets ----------------------------------------------------------------------------
+
+    async def _serve(self, socket: ServerConnection) -> None:
+        self._connections += 1
+        try:
+            await self._carry(socket)
+        except ConnectionClosed:
+            pass
+        except Exception as failure:  # noqa: BLE001 - one connection's fault must not be another's
+            logger.error("a connection: %s", _one_line(failure))  # noqa: TRY400 - one line an error
+            await socket.close(CloseCode.INTERNAL_ERROR, "something went wrong here")
+        finally:
+            self._connections -= 1
+
+    async def _carry(self, socket: ServerConnection) -> None:
+        request = socket.request
+        if request is None:
+            raise RuntimeError("a websocket without a request")
+        path, _, query = request.path.partition("?")
+        principal = self._authenticate(_token_of(request, query))
+        peer = RemotePeer(principal or "")
+        sending = asyncio.get_running_loop().create_task(_send(socket, peer))
+        try:
+            if principal is None:
+                peer.refuse(AuthenticationFailed("unauthenticated", "a valid token is needed"))
+            else:
+                await self._enter(unquote(path[1:]), peer)
+            async for message in socket:
+                if isinstance(message, str):
+                    peer.refuse(MalformedMessage("this protocol has no text frames"))
+                else:
+                    await peer.receive(message)
+        finally:
+            peer.leave()
+            sending.cancel()
+            with suppress(asyncio.CancelledError):
+                await sending
+
+    async def _enter(self, conversation: str, peer: RemotePeer) -> None:
+        try:
+            await self._hub.enter(conversation, peer)
+        except CrdtLlmError as error:
+            peer.refuse(error)
+
+
+def _counted(limit: int) -> type[ServerConnection]:
+    """Connections that are counted from their first byte on, not from the end of the handshake."""
+    count = 0
+
+    class Socket(ServerConnection):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            nonlocal count
+            count += 1
+            super().connection_made(transport)
+            if count > limit:
+                self.transport.abort()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            nonlocal count
+            count -= 1
+            super().connection_lost(exc)
+
+    return Socket
+
+
+async def _send(socket: ServerConnection, peer: RemotePeer) -> None:
+    try:
+        while (frame := await peer.next_frame()) is not None:
+            await socket.send(frame)
+        await socket.close(peer.close_code or CloseCode.INTERNAL_ERROR, peer.close_reason)
+    except ConnectionClosed:
+        pass  # the reader sees it too, and lets go
+    except Exception as failure:  # noqa: BLE001 - a fault of ours: nobody would send any more
+        logger.error("a connection: %s", _one_line(failure))  # noqa: TRY400 - one line an error
+        await socket.close(CloseCode.INTERNAL_ERROR, "something went wrong here")
+
+
+def _token_of(request: Request, query: str) -> str | None:
+    for value in request.headers.get_all("Authorization"):
+        scheme, _, token = value.partition(" ")
+        if scheme.lower() == "bearer":
+            return token.strip()
+    try:
+        return _first(parse_qs(query, max_num_fields=16).get("token", []))
+    except ValueError:  # too many fields
+        return None
+
+
+def _first(values: list[str]) -> str | None:
+    return values[0] if values else None
+
+
+def _response(status: HTTPStatus, text: str, kind: str = "text/plain") -> Response:
+    body = (text if text.endswith("\n") else text + "\n").encode()
+    headers = Headers(
+        {
+            "Connection": "close",
+            "Content-Length": str(len(body)),
+            "Content-Type": f"{kind}; charset=utf-8",
+            "Cache-Control": "no-store",
+            # The page's own address may hold the token.
+            "Referrer-Policy": "no-referrer",
+            "X-Content-Type-Options": "nosniff",
+        }
+    )
+    return Response(status.value, status.phrase, headers, body)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

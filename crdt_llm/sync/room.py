@@ -1,0 +1,654 @@
+"""A room: one conversation's replica, its log, and everyone who takes part.
+
+This module owns the order in a conversation: what is checked when, that nothing leaves before it
+is durable, and what happens when something goes wrong. It must not know frames, sockets or models;
+whoever takes part is a :class:`Peer`, whatever wire it hangs on.
+
+A room is one actor: one task, and turns. A turn is
+
+    take a batch -> check each update -> one commit -> deliver, settle -> let in -> answer
+
+Invariants:
+
+I1. Between turns the replica holds exactly what is committed. Everything that a peer may see
+    (updates of others, verdicts, answers to "what do I lack") is handed out there. Only presence
+    is not durable and therefore not bound to this.
+I2. The order of the log is the order of delivery, for every peer.
+I3. A peer's updates are judged, and their verdicts handed out, in the order of its sending.
+I4. An update is checked by its structure before the replica sees it, and by its meaning after. On
+    a violation, or any exception, the replica is thrown away and rebuilt from the log and from
+    what this turn had accepted before.
+I5. If a commit fails, or the log cannot be read, the room ends: every peer is told to try again,
+    and whoever comes next gets a room that was loaded anew.
+
+Backpressure: a peer has a bounded number of updates without a verdict and waits for room beyond.
+Peers take turns within a batch, so that one that floods does not keep the others of its
+conversation waiting; between turns the room yields, so that other conversations go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from crdt_llm.document import rules
+from crdt_llm.document.conversation import ACCESS, EMPTY_STATE_VECTOR, META, Conversation
+from crdt_llm.document.rules import Author
+from crdt_llm.errors import (
+    Corrupt,
+    CrdtLlmError,
+    Forbidden,
+    Gap,
+    LocalMisuse,
+    MalformedMessage,
+    Refused,
+    Stopping,
+    StoreFailed,
+    TooLarge,
+)
+from crdt_llm.sync.awareness import Awareness
+from crdt_llm.sync.structure import (
+    DOCUMENT_LIMITS,
+    TRANSACTION_LIMITS,
+    brings,
+    find_gap,
+    read_update,
+)
+from crdt_llm.sync.verdict import Committed, Denied, Known, Lacking, reason_of
+from crdt_llm.sync.wire import UPDATE_BYTES_MAX, decode_state_vector
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from crdt_llm.document.conversation import Change
+    from crdt_llm.store.log import UpdateLog
+    from crdt_llm.sync.verdict import Verdict
+    from crdt_llm.sync.wire import AwarenessState
+
+logger = logging.getLogger("crdt_llm.sync")
+
+BATCH_UPDATES_MAX: Final = 64
+"""Updates in one turn: enough that a commit's cost is shared, few enough that a turn is short."""
+
+BATCH_BYTES_MAX: Final = 1 << 20
+"""Bytes after which a turn takes no further update; its cost grows with them."""
+
+TURN_S_MAX: Final = 0.005
+"""Seconds of checking after which a turn takes no further update: others wait for this thread."""
+
+UNSETTLED_MAX: Final = 64
+"""Updates of one peer that wait for a verdict: one turn's worth. Beyond it the peer waits."""
+
+UNSETTLED_BYTES_MAX: Final = 1 << 20
+"""Bytes of them; one larger update is taken alone."""
+
+OFFLOAD_BYTES_MIN: Final = 32 << 10
+"""From here on the structure of an update is read in a thread: 1.5 MB take the better part of a
+second, and the event loop belongs to all conversations."""
+
+ANSWERS_PER_TURN_MAX: Final = 8
+"""Answers may be whole documents: after a restart of the relay everyone asks at once."""
+
+DOCUMENT_BYTES_MAX: Final = UPDATE_BYTES_MAX - (64 << 10)
+"""The largest document: it must fit one Step2, or nobody new could ever be brought up to date."""
+
+DOCUMENT_SLACK_BYTES: Final = 64 << 10
+"""How far below the limit the exact size must be found to go on without measuring each update."""
+
+COMPACT_RATIO: Final = 1
+"""A log this many times as large as its snapshot is folded into a new one: the store stays within
+twice the document, and each byte is rewritten a bounded number of times."""
+
+COMPACT_BYTES_MIN: Final = 64 << 10
+"""Below this a snapshot is not worth its commit."""
+
+COMPACT_UPDATES_MAX: Final = 4096
+"""Updates after which the log is folded in any case: loading applies them one by one, in 50 us."""
+
+REPLAY_CHUNK: Final = 256
+"""Updates that are replayed at a time while a room is loaded; then others get the thread."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Submission:
+    """One update on its way through a room.
+
+    Attributes:
+        peer: Whose it is.
+        update: A Yjs v1 update, unchecked.
+        is_document: It may be as large as a document, not just as a transaction.
+        tag: Whatever the peer wants to see again with the verdict.
+    """
+
+    peer: Peer
+    update: bytes
+    is_document: bool = False
+    tag: Any = None
+
+
+class Peer(ABC):
+    """Someone who takes part in a room. The room calls; every call returns at once.
+
+    Args:
+        principal: The authenticated name.
+        node: Whether it acts as the conversation's node.
+    """
+
+    survives_refusal = False
+    """Whether it may go on after a refusal. If not, what it sent after is never looked at."""
+
+    def __init__(self, principal: str, *, node: bool = False) -> None:
+        self.author = Author(principal, node)
+
+    @abstractmethod
+    def entered(self, room: Room) -> None:
+        """It is let in; the room's state may be read now."""
+
+    @abstractmethod
+    def settle(self, submission: Submission, verdict: Verdict, room: Room) -> None:
+        """What became of an update; the room's state may be read now."""
+
+    @abstractmethod
+    def deliver(self, update: bytes) -> None:
+        """Somebody else's update is durable."""
+
+    @abstractmethod
+    def answer(self, room: Room) -> None:
+        """The room's state may be read now, as the peer wished with :meth:`Room.ask`."""
+
+    @abstractmethod
+    def presence(self, states: tuple[AwarenessState, ...]) -> None:
+        """Who is here, or went."""
+
+    @abstractmethod
+    def dismiss(self, error: CrdtLlmError) -> None:
+        """The room is over for this peer. Nothing else is called after this."""
+
+
+@dataclass(slots=True, eq=False)
+class _Seat:
+    """What a room keeps of a peer."""
+
+    peer: Peer
+    queue: deque[Submission] = field(default_factory=deque)
+    unsettled: int = 0
+    unsettled_bytes: int = 0
+    has_space: asyncio.Event = field(default_factory=asyncio.Event)
+    is_ready: bool = False  # stands in the line of seats that have something to check
+    is_gone: bool = False
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What a turn has decided so far."""
+
+    settled: list[tuple[_Seat, Submission, Verdict | None]] = field(default_factory=list)
+    accepted: list[tuple[_Seat, Change]] = field(default_factory=list)
+    refused: set[_Seat] = field(default_factory=set)
+
+    @property
+    def updates(self) -> list[bytes]:
+        return [change.update for _, change in self.accepted]
+
+
+_ACCEPTED: Final = Committed(0)  # a promise; what is handed out names the LSN of the commit
+
+
+class _Dirty(Exception):  # noqa: N818 - a signal inside this module
+    """The replica holds something that was not accepted; ``verdict`` is what its sender hears."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__()
+        self.verdict = verdict
+
+
+class Room:
+    """One conversation. Made and ended by a :class:`~crdt_llm.sync.hub.Hub`.
+
+    Args:
+        conversation: Its id.
+        log: Where it is durable.
+        clock: Seconds, monotonic.
+        random: Random bytes, for the replica's client id.
+        committed: Called after every commit.
+        ended: Called once, with the reason, when the room takes nobody in any more.
+    """
+
+    def __init__(  # noqa: PLR0913 - everything outside is an argument
+        self,
+        conversation: str,
+        log: UpdateLog,
+        *,
+        clock: Callable[[], float],
+        random: Callable[[int], bytes],
+        committed: Callable[[str], None],
+        ended: Callable[[Room, CrdtLlmError], None],
+    ) -> None:
+        self.id = conversation
+        self.awareness = Awareness(clock)
+        self.lsn = 0
+        self.idle_since = clock()
+        self._log = log
+        self._clock = clock
+        self._random = random
+        self._committed = committed
+        self._ended = ended
+        self._replica: Conversation | None = None
+        self._known: dict[int, int] = {}  # the replica's state vector
+        self._document_bytes = 0  # at least the size of the document
+        self._snapshot_bytes = 0
+        self._log_bytes = 0  # since the snapshot
+        self._log_updates = 0
+        self._seats: dict[Peer, _Seat] = {}
+        self._entering: dict[Peer, asyncio.Future[None]] = {}
+        self._asking: dict[Peer, None] = {}
+        self._line: deque[_Seat] = deque()  # seats with something to check, each once
+        self._wake = asyncio.Event()
+        self._in_turn = False  # the replica holds something that is not durable yet
+        self._is_resting = False  # the actor waits for something to do
+        self._stopping = False
+        self._over: CrdtLlmError | None = None
+        self._task = asyncio.get_running_loop().create_task(self._run(), name=f"room {self.id}")
+
+    # -- for peers -----------------------------------------------------------------------------
+
+    async def enter(self, peer: Peer) -> None:
+        """Let a peer in, once the room is loaded and between two turns.
+
+        Raises:
+            Forbidden: It has no right here.
+            Corrupt: What is stored of the conversation is damaged.
+            Unavailable: The room cannot be loaded now, or is about to end.
+        """
+        if self._over is not None:
+            raise self._over
+        if self._stopping:
+            raise Stopping("the conversation is being closed: come back soon")
+        entering: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._entering[peer] = entering
+        self._wake.set()
+        try:
+            await entering
+        except BaseException:
+            self.leave(peer)
+            raise
+
+    def leave(self, peer: Peer) -> None:
+        """Let a peer go. What it handed over before is still carried out. Safe to call twice."""
+        self._entering.pop(peer, None)
+        self._asking.pop(peer, None)
+        seat = self._seats.pop(peer, None)
+        if seat is None:
+            return
+        seat.is_gone = True
+        seat.has_space.set()
+        self.share_presence(self.awareness.leave(peer))
+        self.idle_since = self._clock()
+
+    async def submit(self, submission: Submission) -> None:
+        """Hand over an update; waits while the peer has too many without a verdict.
+
+        If the peer was let go meanwhile, or the room is about to end, nothing happens: the peer
+        was dismissed, or is about to be.
+        """
+        seat = self._seats.get(submission.peer)
+        size = len(submission.update)
+        while seat is not None and seat.unsettled > 0:
+            fits = seat.unsettled_bytes + size <= UNSETTLED_BYTES_MAX
+            if seat.is_gone or (seat.unsettled < UNSETTLED_MAX and fits):
+                break
+            seat.has_space.clear()
+            await seat.has_space.wait()
+        if seat is None or seat.is_gone or self._stopping:
+            return
+        seat.unsettled += 1
+        seat.unsettled_bytes += size
+        seat.queue.append(submission)
+        self._stand_in_line(seat)
+
+    def ask(self, peer: Peer) -> None:
+        """Have :meth:`Peer.answer` called between two turns."""
+        if peer in self._seats:
+            self._asking[peer] = None
+            self._wake.set()
+
+    def say(self, peer: Peer, states: Iterable[AwarenessState]) -> None:
+        """Take a peer's presence, and share what is new in it with everyone, the peer included."""
+        if peer in self._seats:
+            self.share_presence(self.awareness.receive(peer, states))
+
+    def share_presence(self, states: tuple[AwarenessState, ...]) -> None:
+        """Tell everyone who is here, or went."""
+        if states:
+            for peer in tuple(self._seats):
+                peer.presence(states)
+
+    def state_vector(self) -> bytes:
+        """What is committed, as a state vector. Only between turns (I1)."""
+        return self._settled_replica().state_vector()
+
+    def diff(self, state_vector: bytes = EMPTY_STATE_VECTOR) -> bytes:
+        """What is committed and not in ``state_vector``. Only between turns (I1)."""
+        return self._settled_replica().diff(state_vector)
+
+    # -- for the hub ---------------------------------------------------------------------------
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody is here and nothing is going on."""
+        expected = self._seats or self._entering or self._wake.is_set()
+        return self._is_resting and not expected
+
+    async def stop(self) -> None:
+        """Carry out what was handed over, then end."""
+        self._stopping = True
+        self._wake.set()
+        await asyncio.wait([self._task])
+
+    # -- the actor -----------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        error: CrdtLlmError = Stopping("the server is restarting: come back soon")
+        try:
+            await self._load()
+            while self._line or not self._stopping:
+                self._is_resting = True
+                await self._wake.wait()
+                self._is_resting = False
+                self._wake.clear()
+                await self._turn()
+                # A room that always has something to do must not keep the thread.
+                await asyncio.sleep(0)
+        except CrdtLlmError as failure:
+            logger.error("conversation %s: %s", self.id, reason_of(failure))  # noqa: TRY400 - one line an error
+            error = failure
+        except Exception as failure:  # noqa: BLE001 - a fault of ours ends this room, no other
+            logger.critical("conversation %s: %s", self.id, _one_line(failure))
+            error = CrdtLlmError("something went wrong here: try again later")
+            error.__cause__ = failure
+        finally:
+            self._end(error)
+
+    def _end(self, error: CrdtLlmError) -> None:
+        self._over, self._stopping, self._replica = error, True, None
+        self._ended(self, error)
+        for entering in self._entering.values():
+            if not entering.done():
+                entering.set_exception(error)
+        self._entering.clear()
+        seats, self._seats = tuple(self._seats.values()), {}
+        for seat in seats:
+            self._let_go(seat, error)
+
+    async def _turn(self) -> None:
+        self._in_turn = True
+        batch = _Batch()
+        try:
+            await self._check_batch(batch)
+            if batch.accepted:
+                await self._commit(batch)
+        finally:
+            self._in_turn = False
+        self._hand_out(batch)
+        self._let_in()
+        self._give_answers()
+        if batch.accepted:
+            self._committed(self.id)
+            await self._compact_if_due()
+        if self._line or self._asking:
+            self._wake.set()
+
+    def _stand_in_line(self, seat: _Seat) -> None:
+        if not seat.is_ready:
+            seat.is_ready = True
+            self._line.append(seat)
+            self._wake.set()
+
+    # -- checking ------------------------------------------------------------------------------
+
+    async def _check_batch(self, batch: _Batch) -> None:
+        until = self._clock() + TURN_S_MAX
+        taken_bytes = 0
+        while self._line:
+            seat = self._line.popleft()
+            submission = seat.queue.popleft()
+            seat.is_ready = False
+            if seat.queue:
+                self._stand_in_line(seat)
+            verdict = None if seat in batch.refused else await self._judge(seat, submission, batch)
+            batch.settled.append((seat, submission, verdict))
+            if isinstance(verdict, Denied):
+                log_id = submission.peer.author.principal
+                logger.info(
+                    "conversation %s refused %s: %s", self.id, log_id, reason_of(verdict.error)
+                )
+                if not submission.peer.survives_refusal:
+                    batch.refused.add(seat)
+            taken_bytes += len(submission.update)
+            if (
+                len(batch.settled) >= BATCH_UPDATES_MAX
+                or taken_bytes >= BATCH_BYTES_MAX
+                or self._clock() >= until
+            ):
+                break
+
+    async def _judge(self, seat: _Seat, submission: Submission, batch: _Batch) -> Verdict:
+        """I4. ``Committed`` is promised here and true after the commit."""
+        limits = DOCUMENT_LIMITS if submission.is_document else TRANSACTION_LIMITS
+        try:
+            if len(submission.update) >= OFFLOAD_BYTES_MIN:
+                structure = await asyncio.to_thread(read_update, submission.update, limits)
+            else:
+                structure = read_update(submission.update, limits)
+        except (Refused, MalformedMessage) as error:
+            return Denied(error)
+        missing = find_gap(structure, self._known)
+        if missing is not None:
+            return Lacking(str(missing))
+        if not brings(structure, self._known):
+            return Known()
+        try:
+            change = self._apply(submission)
+        except _Dirty as dirty:
+            await self._rebuild(batch.updates)
+            return dirty.verdict
+        for client, end in structure.ends.items():
+            self._known[client] = max(end, self._known.get(client, 0))
+        if change.is_empty:
+            return Known()
+        self._document_bytes += len(change.update)
+        batch.accepted.append((seat, change))
+        return _ACCEPTED
+
+    def _apply(self, submission: Submission) -> Change:
+        replica = self._loaded_replica()
+        try:
+            change = replica.apply(submission.update)
+            rules.check(change, replica, conversation_id=self.id, author=submission.peer.author)
+            self._check_size(len(change.update))
+        except Gap as error:
+            raise _Dirty(Lacking(str(error))) from error
+        except (Refused, MalformedMessage) as error:
+            raise _Dirty(Denied(error)) from error
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the CRDT library panics with one of its own
+            # An update that our checks cannot cope with: it would fail again each time.
+            logger.error("conversation %s: %s", self.id, _one_line(error))  # noqa: TRY400 - one line
+            raise _Dirty(Denied(Refused("unreadable", "this cannot be checked"))) from error
+        return change
+
+    def _check_size(self, added: int) -> None:
+        if self._document_bytes + added <= DOCUMENT_BYTES_MAX:
+            return
+        # What was added up counts what has since been deleted or collected: measure.
+        exact = len(self._loaded_replica().diff())
+        if exact + DOCUMENT_SLACK_BYTES > DOCUMENT_BYTES_MAX:
+            raise TooLarge(
+                "document-too-large", f"a conversation has at most {DOCUMENT_BYTES_MAX} bytes"
+            )
+        self._document_bytes = exact - added
+
+    # -- the log -------------------------------------------------------------------------------
+
+    async def _load(self) -> None:
+        self._in_turn = True
+        await self._rebuild([])
+        self._in_turn = False
+        self._wake.set()
+
+    async def _rebuild(self, accepted: Iterable[bytes]) -> None:
+        """Make the replica anew from the log and what this turn has accepted."""
+        loaded = await self._log.load(self.id)
+        client_id = 0
+        while client_id == 0:
+            client_id = int.from_bytes(self._random(4), "big")
+        try:
+            replica = Conversation(client_id)
+            if loaded.snapshot is not None:
+                replica.apply(loaded.snapshot)
+            for index, (_, update) in enumerate(loaded.updates, 1):
+                replica.apply(update)
+                if index % REPLAY_CHUNK == 0:
+                    await asyncio.sleep(0)
+            for update in accepted:
+                replica.apply(update)
+        except MalformedMessage as error:
+            raise Corrupt(
+                f"conversation {self.id} cannot be read from the log: restore it from a replica"
+            ) from error
+        self._replica = replica
+        self._known = decode_state_vector(replica.state_vector())
+        self.lsn = loaded.lsn
+        self._snapshot_bytes = len(loaded.snapshot or b"")
+        self._log_bytes = sum(len(update) for _, update in loaded.updates)
+        self._log_updates = len(loaded.updates)
+        self._document_bytes = (
+            self._snapshot_bytes + self._log_bytes + sum(len(update) for update in accepted)
+        )
+
+    async def _commit(self, batch: _Batch) -> None:
+        updates = batch.updates
+        self.lsn = await self._log.append(self.id, updates)
+        self._log_bytes += sum(len(update) for update in updates)
+        self._log_updates += len(updates)
+
+    async def _compact_if_due(self) -> None:
+        due = self._log_bytes >= max(COMPACT_BYTES_MIN, COMPACT_RATIO * self._snapshot_bytes)
+        if not due and self._log_updates < COMPACT_UPDATES_MAX:
+            return
+        snapshot = self.diff()
+        try:
+            await self._log.compact(self.id, snapshot, self.lsn)
+        except StoreFailed as error:
+            # Nothing is lost; it is tried again when the log has doubled.
+            logger.warning("conversation %s is not compacted: %s", self.id, error)
+            self._snapshot_bytes += self._log_bytes
+        else:
+            self._snapshot_bytes = self._document_bytes = len(snapshot)
+        self._log_bytes = self._log_updates = 0
+
+    # -- handing out ---------------------------------------------------------------------------
+
+    def _hand_out(self, batch: _Batch) -> None:
+        for author, change in batch.accepted:
+            for seat in tuple(self._seats.values()):
+                if seat is not author:
+                    self._call(seat, seat.peer.deliver, change.update)
+        if any(_touches_rights(change) for _, change in batch.accepted):
+            self._check_rights()
+        for seat, submission, verdict in batch.settled:
+            seat.unsettled -= 1
+            seat.unsettled_bytes -= len(submission.update)
+            seat.has_space.set()
+            if verdict is not None:
+                final = Committed(self.lsn) if verdict is _ACCEPTED else verdict
+                self._call(seat, seat.peer.settle, submission, final, self)
+        for seat in batch.refused:
+            self.leave(seat.peer)
+            seat.queue.clear()
+            if seat.is_ready:
+                self._line.remove(seat)
+
+    def _let_in(self) -> None:
+        entering, self._entering = self._entering, {}
+        for peer, waiter in entering.items():
+            if waiter.done():
+                continue
+            if not self._may_be_here(peer):
+                waiter.set_exception(_stranger())
+                continue
+            seat = self._seats[peer] = _Seat(peer)
+            self._call(seat, peer.entered, self)
+            waiter.set_result(None)
+
+    def _give_answers(self) -> None:
+        for _ in range(min(ANSWERS_PER_TURN_MAX, len(self._asking))):
+            peer = next(iter(self._asking))
+            del self._asking[peer]
+            self._call(self._seats[peer], peer.answer, self)
+
+    def _may_be_here(self, peer: Peer) -> bool:
+        """Nobody has a right in a conversation without a birth, so anybody may give it one."""
+        replica = self._loaded_replica()
+        author = peer.author
+        return author.node or replica.id is None or replica.grant_of(author.principal) is not None
+
+    def _check_rights(self) -> None:
+        for seat in tuple(self._seats.values()):
+            if not self._may_be_here(seat.peer):
+                self._dismiss(seat, _stranger())
+
+    def _call(self, seat: _Seat, call: Callable[..., None], *arguments: Any) -> None:
+        """Call a peer; one that fails is let go, and nobody else notices."""
+        if seat.is_gone:
+            return
+        try:
+            call(*arguments)
+        except Exception as failure:  # noqa: BLE001 - one peer's fault must not be the others'
+            self._report(seat, failure)
+            self._dismiss(seat, CrdtLlmError("something went wrong here: try again later"))
+
+    def _dismiss(self, seat: _Seat, error: CrdtLlmError) -> None:
+        self.leave(seat.peer)
+        self._let_go(seat, error)
+
+    def _let_go(self, seat: _Seat, error: CrdtLlmError) -> None:
+        seat.is_gone = True
+        seat.has_space.set()
+        try:
+            seat.peer.dismiss(error)
+        except Exception as failure:  # noqa: BLE001 - as above
+            self._report(seat, failure)
+
+    def _report(self, seat: _Seat, failure: Exception) -> None:
+        principal = seat.peer.author.principal
+        logger.error("conversation %s, a peer of %s: %s", self.id, principal, _one_line(failure))
+
+    def _loaded_replica(self) -> Conversation:
+        if self._replica is None:
+            raise LocalMisuse(f"the room of {self.id} is not loaded")
+        return self._replica
+
+    def _settled_replica(self) -> Conversation:
+        if self._in_turn:
+            raise LocalMisuse("a room's state was read while some of it was not durable")
+        return self._loaded_replica()
+
+
+def _touches_rights(change: Change) -> bool:
+    return any(
+        edit.root == ACCESS or (edit.root == META and edit.key == "birth") for edit in change.edits
+    )
+
+
+def _stranger() -> Forbidden:
+    return Forbidden("forbidden", "you have no right in this conversation")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
