@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from crdt_llm.errors import CrdtLlmError
     from crdt_llm.store.log import Stored, UpdateLog
+    from crdt_llm.sync.room import Delivery
     from crdt_llm.sync.verdict import Verdict
     from crdt_llm.sync.wire import AwarenessState
 
@@ -134,9 +135,9 @@ class Membership(Peer):
         if not waiting.done():
             waiting.set_result(verdict)
 
-    def deliver(self, update: bytes) -> None:
+    def deliver(self, delivery: Delivery) -> None:
         """See :class:`~crdt_llm.sync.room.Peer`."""
-        self._deliver(update)
+        self._deliver(delivery.update)
 
     def answer(self, room: Room) -> None:
         """See :class:`~crdt_llm.sync.room.Peer`; nothing is asked for here."""
@@ -227,8 +228,8 @@ class Hub:
             conversation: Its id.
             principal: Who; for a node its own name.
             node: Whether as the conversation's node.
-            deliver: Called with every committed update of others, in the order of the log, right
-                after the commit. It must not wait.
+            deliver: Called right after every commit with what others wrote in it, as one update,
+                in the order of the log. It must not wait.
             lost: Called once if the membership ends from the room's side.
 
         Raises:

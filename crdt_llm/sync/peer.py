@@ -6,7 +6,6 @@ know sockets: whoever holds one gives frames in and takes frames out.
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Final, assert_never
 
 from crdt_llm.document.conversation import EMPTY_STATE_VECTOR
@@ -27,10 +26,10 @@ from crdt_llm.sync.wire import AUTH_REASON_BYTES_MAX, AuthDenied, SyncStep1, Syn
 from crdt_llm.sync.wire import encode as encode_frame
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from crdt_llm.errors import CrdtLlmError
-    from crdt_llm.sync.room import Room
+    from crdt_llm.sync.room import Delivery, Room
     from crdt_llm.sync.session import Event
     from crdt_llm.sync.verdict import CloseCode, Verdict
     from crdt_llm.sync.wire import AwarenessState
@@ -38,20 +37,25 @@ if TYPE_CHECKING:
 _DENIED_BYTES_MAX: Final = AUTH_REASON_BYTES_MAX - 2  # its length takes two bytes
 
 
+def _update_frame(update: bytes) -> bytes:
+    return encode_frame(SyncUpdate(update))
+
+
 class RemotePeer(Peer):
     """One connection in the plain dialect.
 
     Args:
         principal: The authenticated name; empty for a connection that is only to be refused.
+        wake: Called when :meth:`take` may have something, or it is time to close. It must not wait.
     """
 
-    def __init__(self, principal: str) -> None:
+    def __init__(self, principal: str, wake: Callable[[], None]) -> None:
         super().__init__(principal)
         self.close_code: CloseCode | None = None
         self.close_reason = ""
         self._session = Session()
         self._outbox = Outbox()
-        self._news = asyncio.Event()
+        self._wake = wake
         self._room: Room | None = None
         self._is_live = False
         # What the client has for certain, as it said or as it was sent...
@@ -72,20 +76,18 @@ class RemotePeer(Peer):
             else:
                 self._follow(event)
 
-    async def next_frame(self) -> bytes | None:
-        """The next frame to send, as soon as there is one; ``None`` when it is time to close."""
-        while True:
-            frame = self._outbox.take()
-            if frame is not None:
-                return frame
-            if self.close_code is not None:
-                return None
+    def take(self) -> bytes | None:
+        """The next frame to send, or ``None`` while there is none.
+
+        When there is none any more, what was taken before must be on its way in order.
+        """
+        frame = self._outbox.take()
+        if frame is None:
             if self._will_have is not None:
                 self._has, self._will_have = self._will_have, None
             if self._owed is not None and self._room is not None:
                 self._room.ask(self)
-            self._news.clear()
-            await self._news.wait()
+        return frame
 
     def refuse(self, error: CrdtLlmError) -> None:
         """End the connection, saying why."""
@@ -109,14 +111,14 @@ class RemotePeer(Peer):
         del room  # known since it was entered
         self._follow_all(self._session.settle(submission.tag, verdict))
 
-    def deliver(self, update: bytes) -> None:
+    def deliver(self, delivery: Delivery) -> None:
         """See :class:`~crdt_llm.sync.room.Peer`."""
         if not self._is_live or self._owed is not None:
             return  # the Step2 to come holds it
-        if not self._outbox.put_update(encode_frame(SyncUpdate(update))):
+        if not self._outbox.put_update(delivery.frame(_update_frame)):
             self._will_have = None
             self._owed = self._has
-        self._news.set()
+        self._wake()
 
     def answer(self, room: Room) -> None:
         """See :class:`~crdt_llm.sync.room.Peer`."""
@@ -125,12 +127,12 @@ class RemotePeer(Peer):
         owed, self._owed = self._owed, None
         self._will_have = room.state_vector()
         self._outbox.put_document(encode_frame(SyncStep2(room.diff(owed))))
-        self._news.set()
+        self._wake()
 
     def presence(self, states: Iterable[AwarenessState]) -> None:
         """See :class:`~crdt_llm.sync.room.Peer`."""
         self._outbox.put_presence(states)
-        self._news.set()
+        self._wake()
 
     def dismiss(self, error: CrdtLlmError) -> None:
         """See :class:`~crdt_llm.sync.room.Peer`."""
@@ -165,7 +167,7 @@ class RemotePeer(Peer):
                 raise AssertionError("updates are handed over where waiting is possible")
             case _:
                 assert_never(event)
-        self._news.set()
+        self._wake()
 
     def _close(self, code: CloseCode, reason: str, *, deny: bool) -> None:
         self._outbox.drop_all()

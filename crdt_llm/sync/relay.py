@@ -25,7 +25,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, Self
 from urllib.parse import parse_qs, unquote
 
-from websockets.asyncio.server import ServerConnection, serve
+from websockets.asyncio.server import ServerConnection, broadcast, serve
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Response
@@ -189,7 +189,7 @@ class Relay:
 
     # -- plain HTTP ----------------------------------------------------------------------------
 
-    def _route(self, _: ServerConnection, request: Request) -> Response | None:
+    def _route(self, _socket: ServerConnection, request: Request) -> Response | None:
         """Answer plain requests; ``None`` lets a websocket handshake go on."""
         path, _, query = request.path.partition("?")
         upgrade = ",".join(request.headers.get_all("Upgrade")).lower()
@@ -256,8 +256,9 @@ class Relay:
             raise RuntimeError("a websocket without a request")
         path, _, query = request.path.partition("?")
         principal = self._authenticate(_token_of(request, query))
-        peer = RemotePeer(principal or "")
-        sending = asyncio.get_running_loop().create_task(_send(socket, peer))
+        wire = _Wire(socket, self._limits.write_buffer_bytes)
+        peer = wire.peer = RemotePeer(principal or "", wire.wake)
+        sending = asyncio.get_running_loop().create_task(wire.run(peer))
         try:
             if principal is None:
                 peer.refuse(AuthenticationFailed("unauthenticated", "a valid token is needed"))
@@ -301,16 +302,50 @@ def _counted(limit: int) -> type[ServerConnection]:
     return Socket
 
 
-async def _send(socket: ServerConnection, peer: RemotePeer) -> None:
-    try:
-        while (frame := await peer.next_frame()) is not None:
-            await socket.send(frame)
-        await socket.close(peer.close_code or CloseCode.INTERNAL_ERROR, peer.close_reason)
-    except ConnectionClosed:
-        pass  # the reader sees it too, and lets go
-    except Exception as failure:  # noqa: BLE001 - a fault of ours: nobody would send any more
-        logger.error("a connection: %s", _one_line(failure))  # noqa: TRY400 - one line an error
-        await socket.close(CloseCode.INTERNAL_ERROR, "something went wrong here")
+class _Wire:
+    """What a peer's frames go out by: at once while the kernel takes them, else in a task.
+
+    Most frames find the socket ready. To write those in the room's own turn saves two switches of
+    task a frame, which is half the cost of a broadcast.
+    """
+
+    def __init__(self, socket: ServerConnection, write_buffer_bytes: int) -> None:
+        self._socket = socket
+        self._write_buffer_bytes = write_buffer_bytes
+        self._news = asyncio.Event()
+        self._is_sending = False  # the task has a frame that must go first
+        self.peer: RemotePeer | None = None
+
+    def wake(self) -> None:
+        """Send what there is, as far as it does not have to wait."""
+        if self._is_sending or self.peer is None:
+            return
+        while self._socket.transport.get_write_buffer_size() < self._write_buffer_bytes:
+            frame = self.peer.take()
+            if frame is None:
+                break
+            broadcast((self._socket,), frame)
+        else:
+            self._news.set()
+        if self.peer.close_code is not None:
+            self._news.set()
+
+    async def run(self, peer: RemotePeer) -> None:
+        """Send until it is time to close, then close."""
+        try:
+            while peer.close_code is None:
+                await self._news.wait()
+                self._news.clear()
+                self._is_sending = True
+                while (frame := peer.take()) is not None:
+                    await self._socket.send(frame)
+                self._is_sending = False
+            await self._socket.close(peer.close_code, peer.close_reason)
+        except ConnectionClosed:
+            pass  # the reader sees it too, and lets go
+        except Exception as failure:  # noqa: BLE001 - a fault of ours: nobody would send any more
+            logger.error("a connection: %s", _one_line(failure))  # noqa: TRY400 - one line an error
+            await self._socket.close(CloseCode.INTERNAL_ERROR, "something went wrong here")
 
 
 def _token_of(request: Request, query: str) -> str | None:

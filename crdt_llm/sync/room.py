@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, Final
 from crdt_llm.document import rules
 from crdt_llm.document.conversation import ACCESS, EMPTY_STATE_VECTOR, META, Conversation
 from crdt_llm.document.rules import Author
+from crdt_llm.document.updates import merge
 from crdt_llm.errors import (
     Corrupt,
     CrdtLlmError,
@@ -130,6 +131,23 @@ class Submission:
     tag: Any = None
 
 
+class Delivery:
+    """What one commit brought, as one update; frames made of it are made once for all peers."""
+
+    __slots__ = ("_frames", "update")
+
+    def __init__(self, update: bytes) -> None:
+        self.update = update
+        self._frames: dict[Callable[[bytes], bytes], bytes] = {}
+
+    def frame(self, encode: Callable[[bytes], bytes]) -> bytes:
+        """The update as a frame of some dialect."""
+        frame = self._frames.get(encode)
+        if frame is None:
+            frame = self._frames[encode] = encode(self.update)
+        return frame
+
+
 class Peer(ABC):
     """Someone who takes part in a room. The room calls; every call returns at once.
 
@@ -153,8 +171,8 @@ class Peer(ABC):
         """What became of an update; the room's state may be read now."""
 
     @abstractmethod
-    def deliver(self, update: bytes) -> None:
-        """Somebody else's update is durable."""
+    def deliver(self, delivery: Delivery) -> None:
+        """What others wrote is durable; all that one commit brought."""
 
     @abstractmethod
     def answer(self, room: Room) -> None:
@@ -555,10 +573,8 @@ class Room:
     # -- handing out ---------------------------------------------------------------------------
 
     def _hand_out(self, batch: _Batch) -> None:
-        for author, change in batch.accepted:
-            for seat in tuple(self._seats.values()):
-                if seat is not author:
-                    self._call(seat, seat.peer.deliver, change.update)
+        if batch.accepted:
+            self._deliver(batch)
         if any(_touches_rights(change) for _, change in batch.accepted):
             self._check_rights()
         for seat, submission, verdict in batch.settled:
@@ -573,6 +589,16 @@ class Room:
             seat.queue.clear()
             if seat.is_ready:
                 self._line.remove(seat)
+
+    def _deliver(self, batch: _Batch) -> None:
+        authors = {seat for seat, _ in batch.accepted}
+        for_readers = Delivery(merge(batch.updates))
+        for seat in tuple(self._seats.values()):
+            if seat not in authors:
+                self._call(seat, seat.peer.deliver, for_readers)
+            elif len(authors) > 1:
+                others = [change.update for author, change in batch.accepted if author is not seat]
+                self._call(seat, seat.peer.deliver, Delivery(merge(others)))
 
     def _let_in(self) -> None:
         entering, self._entering = self._entering, {}
