@@ -28,6 +28,7 @@ class ChatFormat:
     bos: str = "<s>"
     eos: str = "</s>"
     sentencepiece: bool = False
+    spaced: bool = False  # a space before every text that follows a control token
 
     def build(self, folder: Path) -> Path:
         """Write the folder."""
@@ -51,7 +52,7 @@ class ChatFormat:
 
 
 FORMATS = {
-    "strict": ChatFormat("strict", ("<unk>", "<s>", "</s>"), sentencepiece=True),
+    "strict": ChatFormat("strict", ("<unk>", "<s>", "</s>"), sentencepiece=True, spaced=True),
     "trimming": ChatFormat(
         "trimming",
         ("<|begin|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"),
@@ -77,7 +78,7 @@ FORMATS = {
         bos="<|endoftext|>",
         eos="<|im_end|>",
     ),
-    "unclosed": ChatFormat("unclosed", ("<unk>", "<s>", "</s>"), sentencepiece=True),
+    "unclosed": ChatFormat("unclosed", ("<unk>", "<s>", "</s>"), sentencepiece=True, spaced=True),
 }
 
 
@@ -125,9 +126,10 @@ def _sentencepiece(chat: ChatFormat) -> Tokenizer:
     tokenizer = Tokenizer(
         models.BPE(vocabulary, merges, unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True)
     )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", "\u2581")]
+    if chat.spaced:
+        steps.insert(0, normalizers.Prepend("\u2581"))
+    tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )

@@ -1,4 +1,4 @@
-"""Models for tests. One folder each for the whole run, shared by parallel workers."""
+"""Models for all tests, one folder each for a whole run, and how Hypothesis runs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from crdt_llm.inference import models
+
+# Hypothesis would fail an example that takes 200 ms: a timing assertion, and the machine is shared.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -197,7 +197,7 @@ def _learn_turns(trial: _Trial) -> _Turns:
         # A template may close a reply only when something follows. Then the beginning, if it is
         # but a token, tells where the user's scaffold begins.
         opens.append(again[0].removeprefix(trial.bos))
-    for user_open in opens:
+    for user_open in opens if alone[0] == asked[0] == again[0] else []:
         if again[0].endswith(user_open) and again[2].endswith(user_open):
             return _Turns(
                 preamble=again[0].removesuffix(user_open),
@@ -207,7 +207,7 @@ def _learn_turns(trial: _Trial) -> _Turns:
                 generation=asked[1].removeprefix(user_close),
             )
     raise ModelUnusable(
-        "the chat template cannot be used: it writes the first user's turn unlike the others"
+        "the chat template cannot be used: what it writes before a user's content varies"
     )
 
 
