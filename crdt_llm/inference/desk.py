@@ -161,6 +161,7 @@ class Desk:
     def __init__(self, shared: Shared, conversation: str) -> None:
         self._shared = shared
         self._id = conversation
+        self.settled = asyncio.Event()  # at least once there was nothing to do but to wait
         self._dirty = asyncio.Event()
         self._lost = False
         self._early: list[bytes] = []
@@ -192,6 +193,7 @@ class Desk:
                 await self._sit()
             except (Corrupt, Forbidden) as error:
                 logger.warning("conversation %s: %s; left alone", self._id, error)
+                self.settled.set()
                 return
             except CrdtLlmError as error:
                 logger.warning("conversation %s: %s; again in %.1f s", self._id, error, wait)
@@ -199,6 +201,7 @@ class Desk:
                 logger.exception("conversation %s: a bug; again in %.1f s", self._id, wait)
             else:
                 wait = RETRY_FIRST_S
+            self.settled.set()
             await self._shared.surroundings.sleep(wait)
             wait = min(2 * wait, RETRY_MAX_S)
 
@@ -255,6 +258,7 @@ class Desk:
                 await self._finish(work, slot, outcome)
             action = evaluate(self._situation(work))
             if isinstance(action, Nothing):
+                self.settled.set()
                 return
             await self._act(work, action)
 

@@ -83,6 +83,12 @@ class Node:
         self._desks[conversation] = seated  # last in order: used last
         seated[0].wake()
 
+    async def visit(self, conversation: str) -> None:
+        """Look at a conversation, and return when there is nothing to do there but to wait."""
+        self.notice(conversation)
+        desk, _ = self._desks[conversation]
+        await desk.settled.wait()
+
     def _make_room(self) -> None:
         if len(self._desks) < DESKS_MAX:
             return

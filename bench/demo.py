@@ -1,0 +1,398 @@
+"""The main job, played on the real model without anyone typing.
+
+Two devices hold one conversation with a language model through a relay and a node that this
+program starts as a user would, and kills as a crash would. It prints what each turn cost and ends
+with the claims it checked; the exit code is 0 only if every one of them held.
+
+    python bench/demo.py [--model smollm2-135m] [--keep]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crdt_llm import Client
+from crdt_llm.document.chain import parent_digest, verify_path
+from crdt_llm.document.schema import State
+from crdt_llm.document.seal import Sealer, Where
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from crdt_llm.document.schema import Entry
+    from crdt_llm.sync.client import OpenConversation, Reply
+
+STARTUP_S_MAX = 180  # a cold disk and two busy cores
+STEP_S_MAX = 180  # no single reply takes longer, or something hangs
+TURN_BYTES_MAX = 600  # on an open connection, besides 1.2 x the text
+TEXT_FACTOR = 1.2
+
+
+@dataclass
+class Server:
+    """``crdt-llm serve`` in a process of its own."""
+
+    data: Path
+    model: str
+    port: int = 0
+    url: str = ""
+    process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Start it, and wait until it says that it is ready."""
+        command = [sys.executable, "-m", "crdt_llm", "serve", "--data", str(self.data)]
+        command += ["--port", str(self.port), "--model", self.model]
+        log = (self.data.parent / "serve.log").open("ab")
+        with log:
+            self.process = await asyncio.create_subprocess_exec(
+                *command, stdout=asyncio.subprocess.PIPE, stderr=log
+            )
+        assert self.process.stdout is not None
+        async with asyncio.timeout(STARTUP_S_MAX):
+            line = (await self.process.stdout.readline()).decode()
+        if not line.startswith("ready "):
+            raise SystemExit(f"the server did not start: see {log.name}")
+        self.url = line.split()[1]
+        self.port = int(self.url.rstrip("/").rsplit(":", 1)[1])
+
+    async def end(self, how: signal.Signals) -> None:
+        """Send it a signal and wait until it is gone."""
+        if self.process is not None and self.process.returncode is None:
+            self.process.send_signal(how)
+            await self.process.wait()
+
+
+@dataclass
+class Report:
+    """Rows of turns, and claims."""
+
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    claims: list[tuple[bool, str]] = field(default_factory=list)
+    totals: dict[str, int] = field(
+        default_factory=lambda: {"sent": 0, "reused": 0, "prefilled": 0, "again": 0, "sampled": 0}
+    )
+
+    def claim(self, text: str, *, holds: bool) -> None:
+        """Record whether something held; a failure is shown at once."""
+        self.claims.append((holds, text))
+        if not holds:
+            print(f"  DOES NOT HOLD: {text}", flush=True)
+
+    def row(self, *cells: object) -> None:
+        """Print a row of the table."""
+        widths = (34, 8, 7, 7, 10, 7, 8, 8)
+        padded = [str(cell) for cell in cells]
+        first = padded[0].ljust(widths[0])
+        rest = (c.rjust(w) for c, w in zip(padded[1:], widths[1:], strict=False))
+        print(first, *rest, flush=True)
+
+
+class Demo:
+    """The play."""
+
+    def __init__(self, server: Server, report: Report, phone: Client, laptop: Client) -> None:
+        self.server = server
+        self.report = report
+        self.clients = {"phone": phone, "laptop": laptop}
+        self.at: dict[str, OpenConversation] = {}
+
+    # -- measuring -----------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def counted(self, device: str, text: str, what: str) -> AsyncIterator[list[int]]:
+        """Count what a device sends while it asks; ``text`` is what a person typed."""
+        conversation = self.at[device]
+        await conversation.synced_once()
+        before = conversation.traffic.live.sent_bytes
+        sent = [0]
+        yield sent
+        sent[0] = conversation.traffic.live.sent_bytes - before
+        limit = TURN_BYTES_MAX + TEXT_FACTOR * len(text.encode())
+        self.report.claim(
+            f"{what}: {sent[0]} bytes sent, at most {limit:.0f}", holds=0 < sent[0] <= limit
+        )
+
+    def account(self, what: str, device: str, sent: object, reply: Entry, again: int) -> None:
+        """A row of the table."""
+        usage = reply.usage
+        assert usage is not None
+        totals = self.report.totals
+        totals["reused"] += usage.reused
+        totals["prefilled"] += usage.prefilled
+        totals["sampled"] += usage.sampled
+        totals["again"] += again
+        if isinstance(sent, int):
+            totals["sent"] += sent
+        ttft = "-" if usage.ttft_ms is None else usage.ttft_ms
+        self.report.row(
+            what, device, sent, usage.reused, usage.prefilled, again, ttft, usage.sampled
+        )
+
+    def again(self, reply: Entry) -> int:
+        """Earlier tokens that were prefilled again for a reply: all that its last ancestor knew.
+
+        When a reply ends, the KV of its prompt and of all but its last token is there; whatever of
+        that is not reused was computed twice.
+        """
+        conversation = self.at["phone"].document
+        assert reply.usage is not None
+        for name in reversed(conversation.tree.path(reply.id)[:-1]):
+            entry = conversation.entry(name)
+            if entry is not None and entry.is_slot and entry.usage is not None:
+                known = entry.usage.prompt + entry.usage.sampled - 1
+                return known - reply.usage.reused
+        return 0
+
+    async def finish(self, reply: Reply) -> Entry:
+        """Wait for a reply on the device that asked for it."""
+        async with asyncio.timeout(STEP_S_MAX):
+            return await reply.entry()
+
+    async def everywhere(self, holds: Callable[[OpenConversation], bool]) -> None:
+        """Wait until something holds on both devices."""
+        async with asyncio.timeout(STEP_S_MAX):
+            for conversation in self.at.values():
+                feed = conversation.changes()
+                while not holds(conversation):
+                    await conversation.next_of(feed, lambda _: True)
+
+    async def turn(self, device: str, text: str, what: str, **sampling: Any) -> Entry:
+        """Ask on one device; see the same reply on the other."""
+        async with self.counted(device, text, what) as sent:
+            reply = await self.at[device].ask(text, **sampling)
+            entry = await self.finish(reply)
+        await self.everywhere(lambda c: c.reply(reply.id).ended)
+        same = {conversation.entry(reply.id).content for conversation in self.at.values()}
+        self.report.claim(f"{what}: both devices show the same reply", holds=len(same) == 1)
+        again = self.again(entry)
+        self.report.claim(f"{what}: {again} earlier tokens prefilled again", holds=again == 0)
+        self.account(what, device, sent[0], entry, again)
+        return entry
+
+    def sampled_ids(self, reply: Entry) -> tuple[int, ...]:
+        """A reply's exact token ids, opened with the key from the data folder."""
+        master = (self.server.data / "keys" / "master.key").read_bytes()
+        document = self.at["phone"].document
+        assert reply.place is not None
+        parent = parent_digest(document, reply.place.parent)
+        where = Where(document.id or "", reply.id, parent, reply.place.epoch, 0)
+        return Sealer(master, os.urandom).open_reply(reply.sealed, where).sampled
+
+    # -- the acts ------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """A conversation is born on the phone; the laptop joins."""
+        self.at["phone"] = await self.clients["phone"].create("A weekend in Lisbon")
+        await self.at["phone"].synced_once()
+        self.at["laptop"] = await self.clients["laptop"].open(self.at["phone"].id)
+        await self.at["laptop"].synced_once()
+
+    async def chat(self) -> None:
+        """Turns on alternating devices."""
+        turns = (
+            ("phone", "I have two days in Lisbon. What should I see first?"),
+            ("laptop", "I like old trams and quiet streets. Which part of the town is that?"),
+            ("phone", "And where would I eat there without spending much?"),
+            ("laptop", "Thanks. Name one thing that tourists usually miss."),
+        )
+        for number, (device, text) in enumerate(turns, 1):
+            await self.turn(device, text, f"turn {number}", max_tokens=48)
+
+    async def offline_merge(self) -> None:
+        """The laptop goes offline; both write; they merge."""
+        laptop, phone = self.at["laptop"], self.at["phone"]
+        laptop.pause()
+        offline = await laptop.ask("Offline: is the castle worth the climb?", max_tokens=32)
+        online = await phone.ask("Online: what is the weather like in May?", max_tokens=32)
+        first = await self.finish(online)
+        again = self.again(first)
+        self.account("phone goes on alone", "phone", "-", first, again)
+        self.report.claim("the phone goes on while the laptop is away", holds=again == 0)
+        before = laptop.traffic.sync.sent_bytes + laptop.traffic.live.sent_bytes
+        laptop.resume()
+        await laptop.synced_once()
+        second = await self.finish(offline)
+        await self.everywhere(lambda c: c.reply(offline.id).ended)
+        sent = laptop.traffic.sync.sent_bytes + laptop.traffic.live.sent_bytes - before
+        again = self.again(second)
+        self.account(f"offline merge (reconnect: {sent} B)", "laptop", "-", second, again)
+        self.report.claim("an offline merge prefills nothing again", holds=again == 0)
+        views = {conversation.path() for conversation in self.at.values()}
+        self.report.claim("after the merge both devices show one order", holds=len(views) == 1)
+        order = phone.path()
+        self.report.claim(
+            "what was written offline comes after what happened since",
+            holds=order.index(offline.id) > order.index(online.id),
+        )
+
+    async def at_once(self) -> None:
+        """Both devices send while a reply streams: one reply for the slots that wait together."""
+        phone, laptop = self.at["phone"], self.at["laptop"]
+        busy = await phone.ask("Tell me a short story about a tram.", max_tokens=40)
+        await self.everywhere(lambda c: bool(c.entry(busy.id).content))
+        one = await phone.ask("Both at once, from the phone: is it hilly?", max_tokens=24)
+        two = await laptop.ask("Both at once, from the laptop: is it safe?", max_tokens=24)
+        await self.everywhere(lambda c: c.reply(one.id).ended and c.reply(two.id).ended)
+        states = sorted(str(phone.entry(slot).state) for slot in (one.id, two.id))
+        self.report.claim(
+            f"two devices at once: one reply for both ({', '.join(states)})",
+            holds=states == [State.DONE, State.SUPERSEDED],
+        )
+        answered = next(s for s in (one.id, two.id) if phone.entry(s).state is State.DONE)
+        again = self.again(phone.entry(answered))
+        self.account("both at once", "both", "-", phone.entry(answered), again)
+        self.report.claim("both at once: nothing prefilled again", holds=again == 0)
+        views = {conversation.path() for conversation in self.at.values()}
+        self.report.claim("both at once: the same order everywhere", holds=len(views) == 1)
+
+    async def branches(self) -> None:
+        """An edit, a regeneration and a stop."""
+        phone = self.at["phone"]
+        first_user = next(entry for entry in phone.view() if not entry.is_slot)
+        main = phone.path()
+        text = "I have one day in Porto. What should I see first?"
+        async with self.counted("phone", text, "edit as a fork") as sent:
+            entry = await self.finish(
+                await phone.fork(first_user.id, text, max_tokens=32, temperature=0.0)
+            )
+        self.account("edit as a fork", "phone", sent[0], entry, 0)
+        self.report.claim(
+            "a fork leaves the main line as it was",
+            holds=phone.document.tree.view(main[-1]) == main,
+        )
+        async with self.counted("phone", "", "regenerate") as sent:
+            entry = await self.finish(await phone.regenerate(max_tokens=32, temperature=0.9))
+        assert entry.usage is not None
+        self.account("regenerate", "phone", sent[0], entry, entry.usage.prefilled)
+        self.report.claim("a regeneration prefills nothing", holds=entry.usage.prefilled == 0)
+        long = await phone.ask("Count as far as you can.", max_tokens=400, ignore_eos=True)
+        await self.everywhere(lambda c: bool(c.entry(long.id).content))
+        await self.at["laptop"].stop(long.id)
+        entry = await self.finish(long)
+        assert entry.usage is not None
+        self.account("stop, from the other device", "laptop", "-", entry, self.again(entry))
+        self.report.claim(
+            f"a stop ends a reply of 400 tokens after {entry.usage.sampled}",
+            holds=entry.state is State.STOPPED and entry.usage.sampled < 400,
+        )
+
+    async def kill(self, temperature: float) -> None:
+        """SIGKILL in mid-reply; the reply ends token for token as it would have without."""
+        phone = self.at["phone"]
+        name = "greedy" if temperature == 0 else f"temperature {temperature}"
+        sampling: dict[str, Any] = {"max_tokens": 72, "temperature": temperature, "seed": 7}
+        sampling["ignore_eos"] = True
+        whole = await self.turn(
+            "phone", "Write about the river.", f"undisturbed, {name}", **sampling
+        )
+        again = await phone.regenerate(whole.id, **sampling)
+        await self.everywhere(lambda c: len(c.entry(again.id).content) > 40)
+        await self.server.end(signal.SIGKILL)
+        had = len(phone.entry(again.id).content)
+        await self.server.start()
+        entry = await self.finish(again)
+        await self.everywhere(lambda c: c.reply(again.id).ended)
+        assert entry.usage is not None
+        self.account(f"killed after {had} characters", "phone", "-", entry, 0)
+        expected, got = self.sampled_ids(whole), self.sampled_ids(entry)
+        self.report.claim(
+            f"SIGKILL in mid-reply, {name}: {len(got)} tokens, each as without the kill",
+            holds=got == expected and entry.content == whole.content and len(got) == 72,
+        )
+        self.report.claim(
+            f"SIGKILL in mid-reply, {name}: exactly one replay of the path",
+            holds=entry.usage.prefilled == entry.usage.prompt,
+        )
+
+    async def check_all(self) -> None:
+        """What must hold of the whole document, on both devices."""
+        phone, laptop = (conversation.document for conversation in self.at.values())
+        await self.everywhere(
+            lambda c: c.document.state_vector() == phone.state_vector() or c is self.at["phone"]
+        )
+        self.report.claim(
+            "both devices hold the same document",
+            holds=[phone.entry(e) for e in sorted(phone.tree.entries)]
+            == [laptop.entry(e) for e in sorted(laptop.tree.entries)],
+        )
+        verdicts = [
+            v for tip in phone.tree.tips() for v in verify_path(phone, phone.tree.path(tip))
+        ]
+        self.report.claim(
+            f"every link of the chain holds ({len({v.entry for v in verdicts})} entries)",
+            holds=bool(verdicts) and all(v.problem is None for v in verdicts),
+        )
+        size = len(phone.diff())
+        text = sum(len(phone.text(e).encode()) for e in phone.tree.entries)
+        print(
+            f"\nthe document: {size:,} bytes for {text:,} bytes of text, {len(phone.tree)} entries"
+        )
+
+
+async def play(folder: Path, model: str) -> Report:
+    """All acts."""
+    report, server = Report(), Server(folder / "server", model)
+    server.data.mkdir()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(server.end, signal.SIGTERM)
+        await server.start()
+        token = (server.data / "owner.token").read_text().strip()
+        clients = [
+            await stack.enter_async_context(
+                Client(server.url, token=token, data=folder / device, device=device)
+            )
+            for device in ("phone", "laptop")
+        ]
+        demo = Demo(server, report, *clients)
+        report.row("", "device", "sent B", "reused", "prefilled", "again", "TTFT ms", "sampled")
+        await demo.open()
+        await demo.chat()
+        await demo.offline_merge()
+        await demo.at_once()
+        await demo.branches()
+        await demo.kill(0.0)
+        await demo.kill(0.7)
+        again = await demo.turn("laptop", "Thank you. Goodbye.", "a last turn", max_tokens=16)
+        del again
+        await demo.check_all()
+    return report
+
+
+def main() -> int:
+    """Play, report, and say by the exit code whether every claim held."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--keep", action="store_true", help="keep the folder with all data")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="crdt-llm-demo-"))
+    report = asyncio.run(play(folder, options.model))
+    totals = report.totals
+    print(
+        f"totals: {totals['sent']:,} bytes sent, {totals['reused']:,} prompt tokens reused, "
+        f"{totals['prefilled']:,} prefilled, {totals['again']} prefilled again, "
+        f"{totals['sampled']} sampled\n"
+    )
+    for holds, text in report.claims:
+        print("holds " if holds else "FAILED", text)
+    failed = sum(not holds for holds, _ in report.claims)
+    print(f"\n{len(report.claims) - failed} claims held, {failed} failed")
+    if options.keep:
+        print(f"data: {folder}")
+    else:
+        import shutil  # noqa: PLC0415 - only here
+
+        shutil.rmtree(folder)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

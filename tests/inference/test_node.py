@@ -1,0 +1,267 @@
+"""The node with a real engine process on a tiny model: what becomes of a conversation."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+from local_room import LocalRoom, make_node
+
+from crdt_llm.document.chain import verify_path
+from crdt_llm.document.schema import SCHEMA_VERSION, Params, Role, State
+from crdt_llm.inference.process import EngineProcess
+from crdt_llm.inference.transcript import Transcript
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from crdt_llm.document.schema import Entry
+    from crdt_llm.document.seal import Hidden
+    from crdt_llm.inference.node import Node
+
+GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
+
+
+@asynccontextmanager
+async def running(room: LocalRoom, model_dir: Path) -> AsyncIterator[Node]:
+    node = make_node(room, model_dir, lambda: EngineProcess.start(model_dir, threads=1))
+    await node.start()
+    node.notice(room.id)
+    try:
+        yield node
+    finally:
+        await node.close()
+
+
+def hidden_of(room: LocalRoom, node: Node, entry: Entry) -> Hidden:
+    identity = node.identity
+    transcript = Transcript(room.replica, node.renderer, node.vocabulary, identity.sealer)
+    hidden = transcript.hidden(entry)
+    assert hidden is not None
+    return hidden
+
+
+def assert_text_is_of_its_ids(room: LocalRoom, node: Node, entry: Entry) -> None:
+    hidden = hidden_of(room, node, entry)
+    stop = hidden.params["stop"]
+    assert entry.content == node.vocabulary.text_of(hidden.ids, hidden.kinds, stop)
+
+
+async def test_a_slot_is_admitted_answered_and_proved(tiny_model_dir: Path) -> None:
+    room = LocalRoom()
+    async with running(room, tiny_model_dir) as node:
+        slot = room.ask("hello", **GREEDY)
+        reply = await room.ended(slot)
+        assert reply.state is State.DONE
+        assert reply.usage is not None
+        assert reply.usage.finish == "length"
+        assert reply.usage.sampled == 12
+        assert reply.usage.prompt == reply.usage.prefilled > 0
+        path = room.replica.view()
+        assert path[-1] == slot
+        assert [v.problem for v in verify_path(room.replica, path)] == [None, None]
+        assert len(reply.sealed) == 1
+        assert_text_is_of_its_ids(room, node, reply)
+
+
+async def test_an_appended_turn_prefills_nothing_again(tiny_model_dir: Path) -> None:
+    room = LocalRoom()
+    async with running(room, tiny_model_dir):
+        before = await room.ended(room.ask("hello", **GREEDY))
+        for text in ("and then?", "you don't say", "go on"):
+            reply = await room.ended(room.ask(text, **GREEDY))
+            assert reply.usage is not None
+            assert before.usage is not None
+            computed_before = before.usage.prompt + before.usage.sampled - 1
+            assert reply.usage.reused == computed_before
+            before = reply
+
+
+async def test_slots_that_wait_together_get_one_reply(tiny_model_dir: Path) -> None:
+    room = LocalRoom()
+    first = room.ask("from the phone", **GREEDY)
+    second = room.ask("from the laptop", **GREEDY)
+    async with running(room, tiny_model_dir):
+        reply = await room.ended(second)
+        assert reply.state is State.DONE
+        assert room.replica.state(first) is State.SUPERSEDED
+        assert first not in room.replica.view()
+        assert len(room.replica.view()) == 3
+
+
+async def test_stop_ends_a_reply_with_what_it_has(tiny_model_dir: Path) -> None:
+    room = LocalRoom()
+    async with running(room, tiny_model_dir) as node:
+        slot = room.ask("tell me everything", temperature=0.0, max_tokens=1500, ignore_eos=True)
+        await room.until(lambda: bool(room.replica.entry(slot).sealed))  # type: ignore[union-attr]
+        room.set(slot, "stop", "owner")
+        reply = await room.ended(slot)
+        assert reply.state is State.STOPPED
+        assert reply.usage is not None
+        assert 0 < reply.usage.sampled < 1500
+        assert_text_is_of_its_ids(room, node, reply)
+        after = await room.ended(room.ask("and now?", **GREEDY))
+        assert after.place is not None
+        assert after.state is State.DONE
+
+
+async def test_a_stopped_request_that_was_never_admitted_is_told_so(tiny_model_dir: Path) -> None:
+    room = LocalRoom()
+    slot = room.ask("never mind", **GREEDY)
+    room.set(slot, "stop", "owner")
+    async with running(room, tiny_model_dir):
+        reply = await room.ended(slot)
+        assert reply.state is State.STOPPED
+        assert reply.place is None
+
+
+async def test_extend_goes_on_where_the_reply_was_cut(tiny_model_dir: Path) -> None:
+    room, whole = LocalRoom(), LocalRoom()
+    async with running(room, tiny_model_dir) as node:
+        params = {"temperature": 0.0, "ignore_eos": True}
+        cut = await room.ended(room.ask("hello", max_tokens=6, **params))
+        more = room.write(None, after=cut.id, params=Params(max_tokens=6, extend=True, **params))  # type: ignore[arg-type]
+        rest = await room.ended(more)
+        first, second = hidden_of(room, node, cut), hidden_of(room, node, rest)
+        assert second.injected == ()
+    async with running(whole, tiny_model_dir) as node:
+        reply = await whole.ended(whole.ask("hello", max_tokens=12, **params))
+        assert hidden_of(whole, node, reply).sampled == first.sampled + second.sampled
+
+
+async def test_a_fork_and_a_regeneration_share_what_is_computed(tiny_model_dir: Path) -> None:
+    room = LocalRoom()
+    async with running(room, tiny_model_dir):
+        first = await room.ended(room.ask("hello there", **GREEDY))
+        assert first.place is not None
+        again = room.write(
+            None,
+            after=first.place.parent,
+            fork=True,
+            params=Params(**GREEDY),  # type: ignore[arg-type]
+        )
+        reply = await room.ended(again)
+        assert reply.place == first.place
+        assert reply.usage is not None
+        assert reply.usage.prefilled == 0
+        assert reply.content == first.content
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+async def test_a_killed_engine_changes_no_token(tiny_model_dir: Path, temperature: float) -> None:
+    params = {"temperature": temperature, "max_tokens": 60, "seed": 5, "ignore_eos": True}
+    texts = []
+    for kill in (False, True):
+        room = LocalRoom()
+        async with running(room, tiny_model_dir) as node:
+            slot = room.ask("a long story", **params)
+            await room.until(lambda: bool(room.replica.entry(slot).sealed))  # type: ignore[union-attr]  # noqa: B023
+            if kill:
+                assert isinstance(node.engine, EngineProcess)
+                os.kill(node.engine.pid, signal.SIGKILL)
+            reply = await room.ended(slot)
+            assert reply.state is State.DONE
+            assert_text_is_of_its_ids(room, node, reply)
+            texts.append(hidden_of(room, node, reply).sampled)
+    assert texts[0] == texts[1]
+
+
+async def test_a_new_node_goes_on_at_the_token_where_the_old_one_stopped(
+    tiny_model_dir: Path,
+) -> None:
+    params = {"temperature": 0.7, "max_tokens": 60, "seed": 3, "ignore_eos": True}
+    alone = LocalRoom()
+    async with running(alone, tiny_model_dir) as node:
+        reply = await alone.ended(alone.ask("a long story", **params))
+        expected = hidden_of(alone, node, reply).sampled
+    room = LocalRoom()
+    slot = room.ask("a long story", **params)
+    async with running(room, tiny_model_dir):
+        await room.until(lambda: len(room.replica.entry(slot).sealed) > 1)  # type: ignore[union-attr]
+    assert room.replica.state(slot) is State.STREAMING
+    async with running(room, tiny_model_dir) as node:
+        reply = await room.ended(slot)
+        assert hidden_of(room, node, reply).sampled == expected
+        assert reply.usage is not None
+        assert reply.usage.prefilled == reply.usage.prompt  # one replay, and nothing more
+
+
+async def test_policy_auto_answers_once(tiny_model_dir: Path) -> None:
+    room = LocalRoom()
+    with room.replica.writing() as writer:
+        writer.set_meta("schema", SCHEMA_VERSION)
+        writer.set_meta("policy", {"reply": "auto"})
+    async with running(room, tiny_model_dir):
+        user = room.write("hello")
+        await room.until(lambda: len(room.replica.view()) == 2)
+        slot = room.replica.view()[-1]
+        room.set(slot, "stop", "owner")
+        await room.ended(slot)
+        born = room.replica.born(slot)
+        assert born is not None
+        assert (born.author, born.after) == ("node", user)
+        later = room.write("again", role=Role.USER)
+        await room.until(lambda: len(room.replica.view()) == 4)
+        answers = room.replica.tree.children(later)
+        assert len(answers) == 1
+
+
+async def test_a_prompt_longer_than_the_model_fails_clearly(tiny_model_dir: Path) -> None:
+    room = LocalRoom()
+    async with running(room, tiny_model_dir):
+        slot = room.ask("word " * 4000, **GREEDY)
+        reply = await room.ended(slot)
+        assert reply.state is State.FAILED
+        assert reply.place is None
+        assert reply.usage is not None
+        assert reply.usage.error_code == "context-full"
+        user = room.replica.view()[0]
+        assert room.entry(user).place is not None
+
+
+async def test_redaction_stops_a_reply_and_hides_it_from_the_model(tiny_model_dir: Path) -> None:
+    room = LocalRoom()
+    async with running(room, tiny_model_dir):
+        slot = room.ask("a secret", temperature=0.0, max_tokens=1500, ignore_eos=True)
+        await room.until(lambda: bool(room.replica.entry(slot).sealed))  # type: ignore[union-attr]
+        since = room.replica.state_vector()
+        entries = room.replica._roots["entries"]
+        with room.replica.writing() as writer:
+            writer.set(slot, "redacted", {"by": "owner", "at": 1})
+            for key in ("content", "sealed"):
+                del entries[slot][key]
+        room._tell(room.replica, since)
+        reply = await room.ended(slot)
+        assert reply.state is State.STOPPED
+        assert (reply.content, reply.sealed, reply.salt) == ("", (), None)
+        assert [v.problem for v in verify_path(room.replica, room.replica.view())] == [None, None]
+        assert (await room.ended(room.ask("next", **GREEDY))).state is State.DONE
+
+
+async def test_many_conversations_share_one_engine(tiny_model_dir: Path) -> None:
+    rooms = {room.id: room for room in (LocalRoom(seed) for seed in range(4))}
+    first = next(iter(rooms.values()))
+    node = make_node(first, tiny_model_dir, lambda: EngineProcess.start(tiny_model_dir, threads=1))
+    node.surroundings = type(node.surroundings)(
+        lambda conversation, deliver, lost: rooms[conversation].take_seat(
+            conversation, deliver, lost
+        ),
+        *(
+            getattr(node.surroundings, name)
+            for name in ("grant_lease", "start_engine", "clock_ms", "random", "sleep")
+        ),
+    )
+    await node.start()
+    try:
+        slots = {name: room.ask("hello", **GREEDY) for name, room in rooms.items()}
+        for name in rooms:
+            node.notice(name)
+        replies = await asyncio.gather(*(rooms[name].ended(slots[name]) for name in rooms))
+        assert len({reply.content for reply in replies}) == 1
+    finally:
+        await node.close()

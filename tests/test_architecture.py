@@ -1,0 +1,90 @@
+"""Imports point one way, and each heavy library has one doorway."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "crdt_llm"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# What each room may import of the others. `__init__` at the top re-exports the client.
+ALLOWED = {
+    "errors": set(),
+    "document": {"errors"},
+    "store": {"errors"},
+    "sync": {"errors", "document", "store"},
+    "inference": {"errors", "document"},
+    "cli": {"errors", "document", "store", "sync", "inference"},
+    "__init__": {"errors", "document", "sync"},
+    "__main__": {"cli"},
+}
+DOORWAYS = {
+    "pycrdt": {"document"},
+    "websockets": {"sync"},
+    "torch": {"inference"},
+    "transformers": {"inference"},
+    "tokenizers": {"inference"},
+    "sqlite3": {"store", "cli"},  # `cli` reads a log beside the process that writes it
+    "prompt_toolkit": {"cli"},
+    "typer": {"cli"},
+}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file names in an import, wherever in the file it stands."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    room = room_of(path)
+    for name in imported(path):
+        parts = name.split(".")
+        if (parts[0] == "crdt_llm" and len(parts) > 1 and (PACKAGE / parts[1]).exists()) or (parts[0] == "crdt_llm" and len(parts) > 1 and (PACKAGE / f"{parts[1]}.py").exists()):
+            assert parts[1] in ALLOWED[room] | {room}, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("library", DOORWAYS)
+def test_each_heavy_library_has_one_doorway(library: str) -> None:
+    users = {
+        room_of(path)
+        for path in MODULES
+        if any(name.split(".")[0] == library for name in imported(path))
+    }
+    assert users <= DOORWAYS[library]
+    assert users, f"nobody imports {library}: is the table stale?"
+
+
+@pytest.mark.parametrize("module", ["crdt_llm", "crdt_llm.cli", "crdt_llm.sync.client"])
+def test_a_client_never_loads_torch(module: str) -> None:
+    names = "('torch', 'transformers')"
+    code = f"import sys, {module}; print([m for m in {names} if m in sys.modules])"
+        f"import sys, {module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run(  # noqa: S603 - our own interpreter on our own code
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_module_says_what_it_owns() -> None:
+    for path in MODULES:
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        assert docstring, f"{path} has no docstring"
