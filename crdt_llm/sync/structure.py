@@ -498,12 +498,10 @@ def _find_missing_reference(
 def _first_unreached(
     item: Struct, known: Mapping[int, int], reached: Mapping[int, int]
 ) -> tuple[Lack, Id] | None:
-    own = item.client
     for lack, target in zip(
         _REFERENCES, (item.origin, item.right_origin, item.parent), strict=True
     ):
-        # A client's own clocks are earlier ones, and they come in order.
-        if isinstance(target, Id) and target.client != own:
+        if isinstance(target, Id):
             end = reached.get(target.client)
             if end is None:
                 end = known.get(target.client, 0)

@@ -356,7 +356,7 @@ def structures(draw: st.DrawFn) -> UpdateStructure:
     return UpdateStructure(structs, deleted)
 
 
-@unhurried
+@settings(deadline=None, max_examples=500)
 @given(structures(), st.dictionaries(st.integers(1, 3), st.integers(0, 4)))
 def test_a_gap_is_found_exactly_when_not_all_can_be_integrated(
     structure: UpdateStructure, known: dict[int, int]
@@ -382,6 +382,12 @@ def test_structs_that_wait_for_each_other_are_a_gap() -> None:
     assert missing is not None
     assert missing.what is Lack.CYCLE
     assert find_gap(circle, {1: 1, 2: 1}) is None
+
+
+def test_what_a_known_struct_builds_on_is_not_asked_again() -> None:
+    held = update_of(text_struct(1, 0, origin=Id(2, 5)), text_struct(1, 1, origin=Id(1, 0)))
+    assert find_gap(held, {1: 1}) is None
+    assert find_gap(held, {}) == Missing(Lack.ORIGIN, Id(2, 5))
 
 
 def test_a_deletion_of_clocks_that_do_not_exist_yet_is_a_gap() -> None:
@@ -427,6 +433,7 @@ def test_a_known_update_brings_nothing_and_a_deletion_may() -> None:
     assert not brings(deletion, {1: 2}, {1: (range(2),)})
 
 
+@unhurried
 @given(
     st.lists(st.tuples(st.integers(0, 20), st.integers(1, 5)), min_size=1, max_size=6),
     st.lists(st.tuples(st.integers(0, 20), st.integers(1, 5)), min_size=1, max_size=6),
@@ -455,6 +462,8 @@ HELD = update_of(
     Struct(Kind.DELETED, 1, 7, 2, Id(1, 6), None, None, None, None),
     Struct(Kind.BINARY, 1, 9, 1, None, None, "m", "k", b"\xfd\xff"),
     Struct(Kind.TYPE, 1, 10, 1, None, None, "m", "t", SharedType(TypeRef.TEXT, None)),
+    Struct(Kind.FORMAT, 1, 11, 1, None, None, "t", None, Format("bold", True)),
+    Struct(Kind.DOC, 1, 12, 1, None, None, "m", "d", Subdocument("guid", {"autoLoad": True})),
 )
 
 
@@ -470,7 +479,8 @@ HELD = update_of(
         Struct(Kind.ANY, 1, 4, 3, None, None, "a", None, (1.0, True, "x")),
         Struct(Kind.ANY, 1, 5, 2, Id(1, 4), None, None, None, (True, "x")),
         text_struct(1, 7, origin=Id(1, 2), text="zz"),
-        text_struct(1, 11, text="new"),
+        Struct(Kind.DOC, 1, 12, 1, None, None, "m", "d", Subdocument("guid", {})),
+        text_struct(1, 13, text="new"),
         text_struct(2, 0, text="new"),
     ],
     ids=repr,
@@ -496,6 +506,9 @@ def test_the_honest_forms_of_a_known_struct_are_no_rewrite(item: Struct) -> None
         (Struct(Kind.BINARY, 1, 9, 1, None, None, "m", "k", b"\x00\xd8"), 9),
         (Struct(Kind.BINARY, 1, 9, 1, None, None, "m", "other", b"\xfd\xff"), 9),
         (Struct(Kind.TYPE, 1, 10, 1, None, None, "m", "t", SharedType(TypeRef.MAP, None)), 10),
+        (Struct(Kind.FORMAT, 1, 11, 1, None, None, "t", None, Format("bold", 1)), 11),
+        (Struct(Kind.FORMAT, 1, 11, 1, None, None, "t", None, Format("b", True)), 11),
+        (Struct(Kind.DOC, 1, 12, 1, None, None, "m", "d", Subdocument("other", None)), 12),
     ],
     ids=repr,
 )
@@ -556,11 +569,13 @@ def holds(update: bytes) -> None:
     assert not brings(structure, structure.ends, structure.deleted)
 
 
+@unhurried
 @given(st.binary(max_size=200))
 def test_any_bytes_are_an_update_or_refused(update: bytes) -> None:
     holds(update)
 
 
+@unhurried
 @given(st.sampled_from(list(Kind)), st.integers(0, 7), st.binary(max_size=40))
 def test_any_body_of_a_struct_is_an_update_or_refused(kind: Kind, flags: int, body: bytes) -> None:
     holds(bytes((1, 1, 7, 0, kind | flags << 5)) + body + b"\0")
@@ -622,6 +637,14 @@ def test_over_a_limit_is_too_large(limits: Limits, code: str) -> None:
     with pytest.raises(TooLarge) as caught:
         read_update(update, limits)
     assert caught.value.code == code
+
+
+def test_json_counts_as_the_values_it_becomes() -> None:
+    embed = bytes((1, 1, 7, 0, Kind.EMBED, 1)) + write_var_string("t")
+    update = embed + write_var_string('[1,{"a":2}]') + b"\0"
+    read_update(update, Limits(99, 1, 4, 1))
+    with pytest.raises(TooLarge, match="too many values"):
+        read_update(update, Limits(99, 1, 3, 1))
 
 
 def test_a_count_that_promises_more_than_the_limit_costs_nothing() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crdt_llm.errors import LocalMisuse, MalformedMessage
@@ -224,6 +224,29 @@ def test_numbers_are_seven_bits_a_byte_from_the_lowest(number: int, written: str
     )
 
 
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ("80808080808080 10", "over"),
+        ("80808080808080 8001", "over"),
+        ("8000", "longer than needed"),
+        ("80808080808080 00", "longer than needed"),
+        ("80", "truncated"),
+        ("", "truncated"),
+    ],
+)
+def test_numbers_that_no_peer_writes_are_refused(data: str, reason: str) -> None:
+    with pytest.raises(MalformedMessage, match=reason):
+        read_var_uint(bytes.fromhex(data), 0)
+
+
+@pytest.mark.parametrize("frame", ["00 02 05 0000", "01 02 01 07", "02 00 03 61"])
+def test_a_length_beyond_the_end_is_told_as_truncated(frame: str) -> None:
+    with pytest.raises(MalformedMessage, match="truncated"):
+        decode(bytes.fromhex(frame))
+
+
+unhurried = settings(deadline=None)
 clients = st.integers(0, wire.CLIENT_ID_MAX)
 clocks = st.integers(0, wire.CLOCK_MAX)
 state_vectors = st.dictionaries(clients, clocks, max_size=20)
@@ -249,11 +272,13 @@ messages: st.SearchStrategy[Message] = st.one_of(
 )
 
 
+@unhurried
 @given(messages)
 def test_what_is_written_is_read_back(message: Message) -> None:
     assert decode(encode(message)) == message
 
 
+@unhurried
 @given(state_vectors)
 def test_a_state_vector_is_read_back_and_equal_ones_are_equal_bytes(
     vector: dict[int, int],
@@ -273,11 +298,13 @@ def holds(frame: bytes) -> None:
         assert encode(message) == frame
 
 
+@unhurried
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_message_or_malformed(frame: bytes) -> None:
     holds(frame)
 
 
+@unhurried
 @given(st.integers(0, 3), st.integers(0, 3), st.binary(max_size=60))
 def test_any_body_behind_a_true_header_is_a_message_or_malformed(
     kind: int, step: int, body: bytes
@@ -286,6 +313,7 @@ def test_any_body_behind_a_true_header_is_a_message_or_malformed(
     holds(bytes((kind,)) + varbytes(body))
 
 
+@unhurried
 @given(messages)
 def test_no_prefix_of_a_frame_is_a_message(message: Message) -> None:
     frame = encode(message)
@@ -294,12 +322,14 @@ def test_no_prefix_of_a_frame_is_a_message(message: Message) -> None:
             decode(frame[:length])
 
 
+@unhurried
 @given(messages, messages)
 def test_two_messages_in_a_frame_are_refused(first: Message, second: Message) -> None:
     with pytest.raises(MalformedMessage):
         decode(encode(first) + encode(second))
 
 
+@unhurried
 @given(messages, st.data())
 def test_a_frame_with_one_byte_changed_is_a_message_or_malformed(
     message: Message, data: st.DataObject
