@@ -1,0 +1,355 @@
+"""The commands: their names, options and help, and what an error looks like.
+
+This module owns the outside of the command line: usage, exit codes (0 done, 1 failed, 2 usage, 130
+interrupted) and that an error is one line that says what happened and what to do. It must not know
+what a command does: each imports its work when it runs, so that ``chat`` never waits for libraries
+that only ``serve`` needs.
+"""
+
+# ruff: noqa: FBT002, PLR0913, PLR0917 - a command's parameters are its options
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from crdt_llm.errors import CrdtLlmError, LocalMisuse
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FAILED: Final = 1
+USAGE: Final = 2
+INTERRUPTED: Final = 130  # 128 + SIGINT, as shells say it
+
+DEFAULT_PORT: Final = 8765
+DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}/"
+DEFAULT_DEVICE: Final = "terminal"
+# As in crdt_llm.inference.models, which a help text should not have to load.
+DEFAULT_MODEL: Final = "smollm2-135m"
+
+_ID_CHARACTERS: Final = 22
+_INFERENCE_PACKAGES: Final = frozenset(
+    {
+        "accelerate",
+        "gguf",
+        "huggingface_hub",
+        "jinja2",
+        "numpy",
+        "safetensors",
+        "tokenizers",
+        "torch",
+        "transformers",
+    }
+)
+
+
+def _complain(message: str) -> None:
+    """One line on standard error."""
+    print(f"crdt-llm: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201 - the terminal
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """What to tell people about an error, and the exit code."""
+    if isinstance(error, LocalMisuse):
+        return str(error), USAGE
+    if isinstance(error, CrdtLlmError):
+        return str(error), FAILED
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        package = error.name.partition(".")[0]
+        if package in _INFERENCE_PACKAGES:
+            return (
+                f"this needs {package}, which is not installed: pip install 'crdt-llm[inference]'",
+                FAILED,
+            )
+    return (
+        f"unexpected {type(error).__name__}: {error} (--verbose shows where; please report it)",
+        FAILED,
+    )
+
+
+class Command(TyperCommand):
+    """A command that ends every error in one line, and takes ids that begin with a dash."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse; what has the form of a conversation's id is never an option.
+
+        One id in 64 begins with a dash.
+        """
+        if "--" not in args:
+            ids = [word for word in args if _is_dashed_id(word)]
+            if ids:
+                args = [*(word for word in args if word not in ids), "--", *ids]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        verbose = bool(ctx.params.get("verbose"))
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
+            raise
+        except Exception as error:  # noqa: BLE001 - the outermost frame: it becomes one line
+            message, code = explain(error)
+            if verbose:
+                traceback.print_exception(error)
+            _complain(message)
+            raise typer.Exit(code) from None
+
+
+def _is_dashed_id(word: str) -> bool:
+    return (
+        word.startswith("-")
+        and len(word) == _ID_CHARACTERS
+        and word.replace("-", "").replace("_", "").isalnum()
+        and word.isascii()
+    )
+
+
+app = typer.Typer(
+    name="crdt-llm",
+    cls=TyperGroup,
+    help="A replicated conversation store for language models: relay, node and terminal client.",
+    epilog="Example: crdt-llm serve &  then: crdt-llm chat",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help; and the library behind it takes long to load
+    pretty_exceptions_enable=False,
+)
+model_app = typer.Typer(help="Models on this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(model_app, name="model")
+
+_Data = Annotated[
+    Path | None,
+    typer.Option("--data", help="The data folder; by default this user's.", show_default=False),
+]
+_Url = Annotated[str, typer.Option("--url", help="The relay's address.")]
+_TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        help="Who we are to the relay; by default DATA/owner.token.",
+        show_default=False,
+    ),
+]
+_Model = Annotated[
+    str, typer.Option("--model", help="A model folder, a hub id (org/model), or the default one.")
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
+_Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Log to standard error; show where errors arise.")
+]
+
+
+@app.command(cls=Command, epilog="Example: crdt-llm serve --port 9000 --data ./data")
+def serve(
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = DEFAULT_PORT,
+    data: _Data = None,
+    model: _Model = DEFAULT_MODEL,
+    no_node: Annotated[bool, typer.Option("--no-node", help="Relay only: no replies.")] = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Run the relay, the inference node and the page.
+
+    Prints one line, `ready http://…`, when it accepts connections. The first run makes keys and the
+    owner's token in the data folder.
+    """
+    from crdt_llm.cli.serve import run_serve  # noqa: PLC0415 - see the module's docstring
+
+    run_serve(host=host, port=port, data=data, model=model, node=not no_node, verbose=verbose)
+
+
+@app.command(
+    cls=Command,
+    epilog="Example: crdt-llm chat   or: echo 'Name three rivers.' | crdt-llm chat --new",
+)
+def chat(
+    conversation: Annotated[
+        str | None,
+        typer.Argument(
+            help="Its id, or how that begins; by default the last one.", show_default=False
+        ),
+    ] = None,
+    url: _Url = DEFAULT_URL,
+    token_file: _TokenFile = None,
+    data: _Data = None,
+    device: Annotated[
+        str, typer.Option(help="This device's name; each has replicas of its own.")
+    ] = DEFAULT_DEVICE,
+    new: Annotated[bool, typer.Option("--new", help="Begin a conversation.")] = False,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List this device's conversations and exit.")
+    ] = False,
+    system: Annotated[
+        str | None,
+        typer.Option(help="What a new conversation begins with.", show_default=False),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest reply.", show_default=False)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="The same seed, the same reply.", show_default=False)
+    ] = None,
+    json: _Json = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Talk to the model; from a pipe, send one message and print the reply.
+
+    Works offline: what is written is kept on this device and sent when the relay is there. At the
+    prompt, /help lists the commands.
+    """
+    from crdt_llm.cli.chat import Wish, run_chat  # noqa: PLC0415 - see the module's docstring
+    from crdt_llm.cli.folders import DataFolder  # noqa: PLC0415 - as above
+
+    _log(verbose=verbose)
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    wish = Wish(
+        conversation=conversation,
+        new=new,
+        system=system,
+        sampling={name: value for name, value in sampling.items() if value is not None},
+        json=json,
+    )
+    folder = DataFolder.named(data)
+    _exit(run_chat(wish, folder=folder, device=device, url=url, token_file=token_file, list_=list_))
+
+
+@app.command(cls=Command, epilog="Example: crdt-llm inspect --verify")
+def inspect(
+    conversation: Annotated[
+        str | None,
+        typer.Argument(
+            help="Its id, or how that begins; by default the last one.", show_default=False
+        ),
+    ] = None,
+    data: _Data = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Ask a running relay instead of DATA's log.", show_default=False),
+    ] = None,
+    token_file: _TokenFile = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every branch, not just the shown.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Recompute the chain, and each text from its tokens.")
+    ] = False,
+    hidden: Annotated[
+        bool, typer.Option("--hidden", help="Show sealed tokens and parameters (needs the key).")
+    ] = False,
+    model: _Model = DEFAULT_MODEL,
+    json: _Json = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Show a conversation entry by entry: place, state, cost, proof.
+
+    Reads the server's data folder, whether or not `serve` runs, or asks a relay with --url. Exits
+    with 1 if --verify finds something that does not hold.
+    """
+    from crdt_llm.cli.folders import DataFolder  # noqa: PLC0415 - see the module's docstring
+    from crdt_llm.cli.inspect import Question, run_inspect  # noqa: PLC0415 - as above
+
+    _log(verbose=verbose)
+    question = Question(
+        conversation=conversation, all=all_, verify=verify, hidden=hidden, model=model, json=json
+    )
+    folder = DataFolder.named(data)
+    _exit(run_inspect(question, folder=folder, url=url, token_file=token_file))
+
+
+@app.command(cls=Command, epilog="Example: crdt-llm replay AbC3…")
+def replay(
+    conversation: Annotated[
+        str | None,
+        typer.Argument(
+            help="Its id, or how that begins; by default the last one.", show_default=False
+        ),
+    ] = None,
+    data: _Data = None,
+    model: _Model = DEFAULT_MODEL,
+    json: _Json = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Compute a conversation's replies again, token by token, and compare.
+
+    Exits with 1 if they differ.
+    """
+    from crdt_llm.cli.replay import run_replay  # noqa: PLC0415 - see the module's docstring
+
+    _log(verbose=verbose)
+    _exit(run_replay(conversation=conversation, data=data, model=model, as_json=json))
+
+
+@model_app.command(cls=Command, epilog="Example: crdt-llm model fetch")
+def fetch(
+    name: Annotated[
+        str, typer.Argument(help="The default model, a hub id (org/model), or a folder to check.")
+    ] = DEFAULT_MODEL,
+    json: _Json = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Bring a model to this machine, once, and print its folder."""
+    from crdt_llm.cli.model import run_fetch  # noqa: PLC0415 - see the module's docstring
+
+    _log(verbose=verbose)
+    run_fetch(name, json=json)
+
+
+@model_app.callback()
+def _model() -> None:
+    """Models on this machine."""
+
+
+def _log(*, verbose: bool) -> None:
+    """Log to standard error if that was asked for; a terminal is for the conversation else."""
+    logger = logging.getLogger("crdt_llm")
+    if not verbose:
+        logger.addHandler(logging.NullHandler())
+        logger.propagate = False
+        return
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logger.setLevel(logging.DEBUG)
+
+
+def _exit(code: int) -> NoReturn:
+    raise typer.Exit(code)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        arguments: without the program's name; ``None`` takes the process's.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 usage, 130 interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app(words, prog_name="crdt-llm", standalone_mode=False)
+    except typer.TyperException as error:
+        return _refuse_usage(error)
+    except typer.Abort:
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return code if isinstance(code, int) else 0
+
+
+def _refuse_usage(error: typer.TyperException) -> int:
+    message = error.format_message()
+    if message.startswith("Usage:"):  # a group without a command: its whole help
+        print(message, file=sys.stderr)  # noqa: T201 - the terminal
+        return error.exit_code
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "crdt-llm"
+    _complain(f"{message.rstrip('.')}: `{path} --help` shows the usage")
+    return error.exit_code
