@@ -1,0 +1,370 @@
+"""A replica and its log: what is durable when, in which order, and what a failing disk leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from random import Random
+from typing import TYPE_CHECKING
+
+import pytest
+
+from crdt_llm.document.conversation import Conversation
+from crdt_llm.document.schema import Born, Role, entry_id
+from crdt_llm.errors import Corrupt, LocalMisuse, MalformedMessage, StoreFailed
+from crdt_llm.store.memory import MemoryDisk, MemoryLog
+from crdt_llm.sync import local_replica
+from crdt_llm.sync.local_replica import COMPACT_BYTES_MIN, LocalReplica
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from crdt_llm.document.conversation import Change, Writer
+    from crdt_llm.store.memory import MemorySeam
+
+NAME = "conversation"
+
+
+class Disk:
+    """A disk that can be held up, and can fail at once or after some commits."""
+
+    def __init__(self) -> None:
+        self.disk = MemoryDisk("disk")
+        self.commits = 0
+        self.failing = False
+        self.good_commits_left: int | None = None
+        self.released = asyncio.Event()
+        self.released.set()
+        self.reached = asyncio.Event()
+
+    async def seam(self, seam: MemorySeam) -> None:
+        if seam == "before-commit":
+            self.reached.set()
+            await self.released.wait()
+            if self.good_commits_left is not None:
+                self.failing = self.good_commits_left == 0
+                self.good_commits_left -= 1
+            if self.failing:
+                raise StoreFailed("the disk is full")
+        else:
+            self.commits += 1
+
+    def hold(self) -> None:
+        self.released.clear()
+        self.reached.clear()
+
+    @property
+    def updates(self) -> tuple[bytes, ...]:
+        stored = self.disk.conversations.get(NAME)
+        return () if stored is None else stored.updates
+
+    def document(self) -> Conversation:
+        """What a restart after a crash at this moment would find."""
+        document = Conversation(99)
+        stored = self.disk.conversations.get(NAME)
+        if stored is not None:
+            for update in (stored.snapshot or b"\x00\x00", *stored.updates):
+                document.apply(update)
+        return document
+
+
+@asynccontextmanager
+async def replica_on(disk: Disk, seed: int = 1) -> AsyncIterator[LocalReplica]:
+    log = MemoryLog(disk.disk, clock=lambda: 0, faults=disk.seam)
+    replica = await LocalReplica.open(NAME, log, Random(seed))
+    try:
+        yield replica
+    finally:
+        disk.released.set()
+        await replica.close()
+        await log.close()
+
+
+def entry(number: int) -> str:
+    return entry_id(number, bytes(10))
+
+
+def adds(number: int, text: str = "text") -> Callable[[Conversation, Writer], None]:
+    def compose(document: Conversation, writer: Writer) -> None:
+        born = Born(Role.USER, "owner", "laptop", 0, document.tree.clock + 1)
+        writer.add(entry(number), born, text)
+
+    return compose
+
+
+class Elsewhere:
+    """Another replica; each of its writes is an update to merge."""
+
+    def __init__(self, client: int = 1_000) -> None:
+        self.document = Conversation(client)
+
+    def write(self, number: int, text: str = "from elsewhere") -> bytes:
+        with self.document.writing() as writer:
+            adds(number, text)(self.document, writer)
+        assert writer.change is not None
+        return writer.change.update
+
+
+async def test_a_write_is_on_disk_before_anybody_hears_of_it() -> None:
+    disk = Disk()
+    heard: list[bytes] = []
+    async with replica_on(disk) as replica:
+        replica.on_durable(heard.append)
+        on_disk_when_heard: list[tuple[bytes, ...]] = []
+        replica.on_durable(lambda _: on_disk_when_heard.append(disk.updates))
+        disk.hold()
+        writing = asyncio.create_task(replica.write(adds(1)))
+        await disk.reached.wait()
+        assert entry(1) in replica.document.tree  # shown at once
+        assert (writing.done(), heard, disk.updates) == (False, [], ())
+        disk.released.set()
+        await writing
+        assert disk.updates == tuple(heard)
+        assert on_disk_when_heard == [disk.updates]
+        assert entry(1) in disk.document().tree
+
+
+async def test_what_was_merged_goes_to_disk_before_a_write_that_may_build_on_it() -> None:
+    disk, elsewhere = Disk(), Elsewhere()
+    async with replica_on(disk) as replica:
+        assert await replica.merge(elsewhere.write(1)) is None
+        assert not disk.updates  # it waits for company
+        await replica.write(lambda _, writer: writer.set(entry(1), "stop", "owner"))
+        assert len(disk.updates) == 2
+        assert disk.document().has(entry(1), "stop")
+
+
+async def test_merged_updates_share_commits() -> None:
+    disk, elsewhere = Disk(), Elsewhere()
+    async with replica_on(disk) as replica:
+        for number in range(1, 50):
+            await replica.merge(elsewhere.write(number))
+        disk.hold()
+        await disk.reached.wait()  # the window has passed
+        disk.released.set()
+    assert len(disk.updates) == 49
+    assert disk.commits == 1
+    assert disk.document().state_vector() == elsewhere.document.state_vector()
+
+
+async def test_closing_saves_what_waits() -> None:
+    disk, elsewhere = Disk(), Elsewhere()
+    async with replica_on(disk) as replica:
+        await replica.merge(elsewhere.write(1))
+    assert entry(1) in disk.document().tree
+    with pytest.raises(LocalMisuse, match="closed"):
+        await replica.write(adds(2))
+    with pytest.raises(LocalMisuse, match="closed"):
+        await replica.merge(elsewhere.write(3))
+
+
+async def test_an_update_with_a_gap_is_not_merged() -> None:
+    disk, elsewhere = Disk(), Elsewhere()
+    first, second = elsewhere.write(1), elsewhere.write(2)
+    async with replica_on(disk) as replica:
+        assert await replica.merge(second) is not None
+        assert replica.is_empty
+        assert await replica.merge(first) is None
+        assert await replica.merge(second) is None
+        assert await replica.merge(second) is None  # known already
+        assert replica.document.state_vector() == elsewhere.document.state_vector()
+    assert len(disk.updates) == 2
+
+
+async def test_garbage_is_refused_and_changes_nothing() -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        await replica.write(adds(1))
+        before = replica.document.state_vector()
+        with pytest.raises(MalformedMessage):
+            await replica.merge(b"\x01\x01\x01\x01\x01")
+        assert replica.document.state_vector() == before
+
+
+async def test_a_write_that_the_disk_refuses_never_happened() -> None:
+    disk, elsewhere = Disk(), Elsewhere()
+    changes: list[Change | None] = []
+    heard: list[bytes] = []
+    async with replica_on(disk) as replica:
+        replica.on_change(changes.append)
+        replica.on_durable(heard.append)
+        await replica.write(adds(1))
+        await replica.merge(elsewhere.write(2))
+        client = replica.document.client_id
+        disk.failing = True
+        results = await asyncio.gather(
+            replica.write(adds(3)), replica.write(adds(4)), return_exceptions=True
+        )
+        assert [type(result) for result in results] == [StoreFailed, StoreFailed]
+        assert set(replica.document.tree.entries) == {entry(1), entry(2)}  # merged ones stay
+        assert changes[-1] is None  # listeners are told to read anew
+        assert replica.document.client_id != client  # its clocks 3 and 4 must never come twice
+        disk.failing = False
+        await replica.write(adds(5))
+        assert set(disk.document().tree.entries) == {entry(1), entry(2), entry(5)}
+        assert len(heard) == 2
+
+
+async def test_a_disk_that_stays_broken_is_said_every_time_and_heals() -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        disk.failing = True
+        for number in (1, 2):
+            with pytest.raises(StoreFailed, match="full"):
+                await replica.write(adds(number))
+        disk.failing = False
+        await replica.write(adds(3))
+        assert set(replica.document.tree.entries) == {entry(3)}
+
+
+async def test_too_much_that_waits_for_a_slow_disk_holds_up_the_merge(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local_replica, "WAITING_BYTES_MAX", 100)
+    disk, elsewhere = Disk(), Elsewhere()
+    async with replica_on(disk) as replica:
+        disk.hold()
+        merging = asyncio.create_task(replica.merge(elsewhere.write(1, "x" * 200)))
+        await disk.reached.wait()
+        assert not merging.done()
+        disk.failing = True
+        disk.released.set()
+        with pytest.raises(StoreFailed):
+            await merging
+        assert entry(1) in replica.document.tree  # it is here, and waits for another try
+        disk.failing = False
+        await replica.merge(elsewhere.write(2, "x" * 200))
+        assert set(disk.document().tree.entries) == {entry(1), entry(2)}
+
+
+async def test_a_cancelled_writer_leaves_the_write_whole() -> None:
+    disk = Disk()
+    heard: list[bytes] = []
+    async with replica_on(disk) as replica:
+        replica.on_durable(heard.append)
+        disk.hold()
+        writing = asyncio.create_task(replica.write(adds(1)))
+        await disk.reached.wait()
+        writing.cancel()
+        await asyncio.wait({writing})
+        disk.released.set()
+        await replica.write(adds(2))
+        assert len(heard) == 2
+        assert set(disk.document().tree.entries) == {entry(1), entry(2)}
+
+
+async def test_a_cancelled_writer_and_a_failing_disk_complain_to_nobody() -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        disk.hold()
+        writing = asyncio.create_task(replica.write(adds(1)))
+        await disk.reached.wait()
+        writing.cancel()
+        await asyncio.wait({writing})
+        disk.failing = True
+        disk.released.set()
+        with pytest.raises(StoreFailed):
+            await replica.write(adds(2))
+        assert replica.is_empty
+
+
+async def test_a_write_that_raises_half_way_leaves_no_half() -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        await replica.write(adds(1))
+
+        def compose(document: Conversation, writer: Writer) -> None:
+            adds(2)(document, writer)
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await replica.write(compose)
+        assert set(replica.document.tree.entries) == {entry(1)}
+        await replica.write(adds(3))
+        assert set(disk.document().tree.entries) == {entry(1), entry(3)}
+
+
+async def test_a_diff_holds_back_until_our_own_writes_are_on_disk() -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        disk.hold()
+        writing = asyncio.create_task(replica.write(adds(1)))
+        await disk.reached.wait()
+        asking = asyncio.create_task(replica.diff())
+        await asyncio.sleep(0)
+        assert not asking.done()
+        disk.failing = True
+        disk.released.set()
+        with pytest.raises(StoreFailed):
+            await writing
+        assert await asking == b"\x00\x00"  # nobody else ever sees it
+
+
+async def test_a_restart_finds_everything_and_takes_a_fresh_client_id() -> None:
+    disk, clients = Disk(), set()
+    for number in range(1, 6):
+        async with replica_on(disk) as replica:  # the same seed draws the same ids
+            clients.add(replica.document.client_id)
+            await replica.write(adds(number))
+            assert set(replica.document.tree.entries) == {entry(n) for n in range(1, number + 1)}
+    assert len(clients) == 5
+
+
+async def test_the_log_stays_bounded_relative_to_the_document() -> None:
+    disk = Disk()
+    text = "x" * 1_000
+    async with replica_on(disk) as replica:
+        for number in range(1, 500):
+            await replica.write(adds(number, text))
+            stored = disk.disk.conversations[NAME]
+            snapshot = len(stored.snapshot or b"")
+            log = sum(len(update) for update in stored.updates)
+            assert log <= max(COMPACT_BYTES_MIN, snapshot) + 2 * len(text)
+    assert set(disk.document().tree.entries) == {entry(n) for n in range(1, 500)}
+    async with replica_on(disk) as replica:
+        assert len(replica.document.tree) == 499
+
+
+async def test_a_snapshot_never_holds_a_write_that_is_not_on_disk() -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        # The second write comes while the first, which makes the log due, is being committed.
+        disk.hold()
+        first = asyncio.create_task(replica.write(adds(1, "x" * COMPACT_BYTES_MIN)))
+        await disk.reached.wait()
+        second = asyncio.create_task(replica.write(adds(2)))
+        await asyncio.sleep(0)
+        assert entry(2) in replica.document.tree
+        disk.good_commits_left = 1
+        disk.released.set()
+        await first
+        with pytest.raises(StoreFailed):
+            await second
+        assert set(disk.document().tree.entries) == {entry(1)}
+
+
+async def test_withdrawn_text_leaves_the_disk() -> None:
+    disk, elsewhere = Disk(), Elsewhere()
+    async with replica_on(disk) as replica:
+        await replica.merge(elsewhere.write(1, "a secret"))
+        await replica.write(adds(2))
+        assert any(b"a secret" in update for update in disk.updates)
+        fields = elsewhere.document._roots["entries"][entry(1)]
+        with elsewhere.document.writing() as writer:
+            writer.set(entry(1), "redacted", {"by": "owner", "at": 1})
+            del fields["content"]
+        assert writer.change is not None
+        await replica.merge(writer.change.update)
+    stored = disk.disk.conversations[NAME]
+    assert not stored.updates
+    assert stored.snapshot is not None
+    assert b"a secret" not in stored.snapshot
+
+
+async def test_a_damaged_copy_is_said_to_be_damaged() -> None:
+    disk = Disk()
+    async with MemoryLog(disk.disk, clock=lambda: 0) as log:
+        await log.append(NAME, [b"no update at all"])
+    with pytest.raises(Corrupt, match="comes back from the relay"):
+        async with replica_on(disk):
+            raise AssertionError("it opened")
