@@ -127,6 +127,11 @@ class TorchEngine:
         return bool(self._requests)
 
     @property
+    def requests(self) -> int:
+        """How many requests run."""
+        return len(self._requests)
+
+    @property
     def resident_tokens(self) -> int:
         """Tokens whose KV is in memory."""
         return self._tree.resident_tokens

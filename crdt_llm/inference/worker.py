@@ -1,0 +1,172 @@
+"""The engine's process: reads commands, drives the engine, writes reports.
+
+Owns the process: its pipe, its threads and how it ends. What the engine does with a request is the
+engine's affair; what a conversation is, nobody here knows.
+
+Run as ``python -m crdt_llm.inference.worker MODEL``; standard input and output carry frames of
+:mod:`crdt_llm.inference.pipe`, and anything that prints goes to standard error. A process of its
+own, because torch in a thread starves behind a busy event loop.
+
+It ends when its input closes, in the middle of a computation too: a parent that was killed closes
+the pipe without a word, and a thread that only reads sees it. Nothing needs to be put in order on
+the way out, since everything here is derived from documents elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from crdt_llm.errors import CrdtLlmError, MalformedMessage, ModelUnusable
+from crdt_llm.inference import pipe
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from crdt_llm.inference.engine import Finished, KvDigest, Prefilled, Sampled
+    from crdt_llm.inference.torch_engine import TorchEngine
+
+EXIT_INPUT_CLOSED = 0
+EXIT_UNUSABLE = 1
+EXIT_MALFORMED = 3
+
+COMMANDS_WAITING_MAX = 4096
+"""Commands read but not yet taken. The engine takes all of them between two steps; beyond this the
+pipe fills up and the parent waits."""
+
+
+def _leave(code: int) -> None:
+    """End at once, whatever other threads compute."""
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _read_commands(source: BinaryIO, commands: queue.Queue[pipe.Command]) -> None:
+    """The reading thread: commands into the queue, the end of input into the end of the process."""
+    while True:
+        head = source.read(pipe.LENGTH.size)
+        if len(head) < pipe.LENGTH.size:
+            _leave(EXIT_INPUT_CLOSED)
+        try:
+            body = source.read(pipe.decode_length(head))
+            command = pipe.decode_command(body)
+        except MalformedMessage as error:
+            sys.stderr.write(f"engine: {error}\n")
+            _leave(EXIT_MALFORMED)
+        commands.put(command)
+
+
+class _Reports:
+    """The writing side of the pipe."""
+
+    def __init__(self, sink: BinaryIO) -> None:
+        self._sink = sink
+
+    def write(self, report: pipe.Report) -> None:
+        try:
+            self._sink.write(pipe.encode(report))
+            self._sink.flush()
+        except BrokenPipeError:
+            _leave(EXIT_INPUT_CLOSED)  # the parent is gone
+
+    def event(
+        self, request: int, event: Prefilled | Sampled | Finished | KvDigest | CrdtLlmError
+    ) -> None:
+        if isinstance(event, CrdtLlmError):
+            self.write(pipe.Event(request, pipe.Failed.of(event)))
+        else:
+            self.write(pipe.Event(request, event))
+
+
+def _load(model: Path, threads: int | None, kv_memory_bytes: int | None) -> TorchEngine:
+    try:
+        import torch  # noqa: PLC0415 - the pipe is watched before the long imports begin
+
+        from crdt_llm.inference import torch_engine  # noqa: PLC0415 - as above
+    except ModuleNotFoundError as error:
+        message = f"{error.name} is not installed: install crdt-llm[inference]"
+        raise ModelUnusable(message) from error
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if kv_memory_bytes is None:
+        return torch_engine.TorchEngine(model)
+    return torch_engine.TorchEngine(model, kv_memory_bytes)
+
+
+def _take(command: pipe.Command, engine: TorchEngine, reports: _Reports) -> None:
+    """Hand one command to the engine."""
+    try:
+        match command:
+            case pipe.Warm():
+                engine.warm(command.request, pipe.unpack_ids(command.ids))
+            case pipe.Digest():
+                engine.digest(command.request, pipe.unpack_ids(command.ids))
+            case pipe.Generate():
+                ids = pipe.unpack_ids(command.ids)
+                engine.generate(command.request, ids, command.params, command.start)
+            case pipe.Cancel():
+                engine.cancel(command.request)
+            case pipe.Forget():
+                engine.forget(pipe.unpack_ids(command.ids), command.keep)
+                reports.write(pipe.Event(command.request, pipe.Forgotten()))
+            case pipe.Measure():
+                measured = pipe.Measured(engine.requests, engine.resident_tokens)
+                reports.write(pipe.Event(command.request, measured))
+    except CrdtLlmError as error:
+        reports.event(command.request, error)
+
+
+def _run(engine: TorchEngine, commands: queue.Queue[pipe.Command], reports: _Reports) -> None:
+    """Take every waiting command, then do one step; without work, wait for a command."""
+    while True:
+        if not engine.busy:
+            _take(commands.get(), engine, reports)
+        while True:
+            try:
+                command = commands.get_nowait()
+            except queue.Empty:
+                break
+            _take(command, engine, reports)
+        engine.step(reports.event)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Load a model and serve it until the input closes.
+
+    Args:
+        arguments: of the command line; those of the process by default.
+    """
+    parser = argparse.ArgumentParser(prog="crdt_llm.inference.worker")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--kv-memory-bytes", type=int)
+    options = parser.parse_args(arguments)
+
+    # The terminal's interrupt goes to the whole group; the node decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Frames keep the descriptor to themselves: whatever prints must not end up among them.
+    reports = _Reports(os.fdopen(os.dup(sys.stdout.fileno()), "wb"))
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    commands: queue.Queue[pipe.Command] = queue.Queue(COMMANDS_WAITING_MAX)
+    reader = threading.Thread(
+        target=_read_commands, args=(sys.stdin.buffer, commands), name="commands", daemon=True
+    )
+    reader.start()
+    try:
+        engine = _load(options.model, options.threads, options.kv_memory_bytes)
+    except CrdtLlmError as error:
+        reports.write(pipe.Event(pipe.NO_REQUEST, pipe.Failed.of(error)))
+        _leave(EXIT_UNUSABLE)
+    reports.write(pipe.Ready(engine.capabilities))
+    _run(engine, commands, reports)
+
+
+if __name__ == "__main__":
+    main()
