@@ -83,7 +83,7 @@ class Membership(Peer):
         self._lost = lost
         self._room: Room | None = None
         self._over: CrdtLlmError | None = None
-        self._waiting: set[asyncio.Future[Verdict]] = set()
+        self._waiting: dict[asyncio.Future[Verdict], None] = {}
 
     async def submit(self, update: bytes) -> None:
         """Write. Returns when the update is durable (or was already); cancelling stops nothing.
@@ -100,8 +100,8 @@ class Membership(Peer):
         if self._room is None:
             raise ConnectionLost("this membership was left")
         waiting: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-        self._waiting.add(waiting)
-        waiting.add_done_callback(self._waiting.discard)
+        self._waiting[waiting] = None
+        waiting.add_done_callback(lambda done: self._waiting.pop(done, None))
         submission = Submission(self, update, is_document=True, tag=waiting)
         await self._room.submit(submission)
         verdict = await asyncio.shield(waiting)

@@ -206,7 +206,7 @@ class _Batch:
 
     settled: list[tuple[_Seat, Submission, Verdict | None]] = field(default_factory=list)
     accepted: list[tuple[_Seat, Change]] = field(default_factory=list)
-    refused: set[_Seat] = field(default_factory=set)
+    refused: dict[_Seat, None] = field(default_factory=dict)  # in order: a seed must replay
 
     @property
     def updates(self) -> list[bytes]:
@@ -445,7 +445,7 @@ class Room:
                     "conversation %s refused %s: %s", self.id, log_id, reason_of(verdict.error)
                 )
                 if not submission.peer.survives_refusal:
-                    batch.refused.add(seat)
+                    batch.refused[seat] = None
             taken_bytes += len(submission.update)
             if (
                 len(batch.settled) >= BATCH_UPDATES_MAX

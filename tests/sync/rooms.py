@@ -1,0 +1,92 @@
+"""What the tests of rooms share: a log whose commits wait for the test, and a time that it sets."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from random import Random
+from typing import TYPE_CHECKING
+
+from sync.device import CONVERSATION, Device
+
+from crdt_llm.errors import StoreFailed
+from crdt_llm.store.memory import MemoryDisk, MemoryLog
+from crdt_llm.sync.hub import Hub
+
+if TYPE_CHECKING:
+    from crdt_llm.errors import CrdtLlmError
+    from crdt_llm.store.log import Loaded
+    from crdt_llm.store.memory import MemorySeam
+    from crdt_llm.sync.hub import Membership
+
+
+class CountingLog(MemoryLog):
+    """A log that counts how often it was read."""
+
+    loads = 0
+
+    async def load(self, conversation: str) -> Loaded:
+        self.loads += 1
+        await asyncio.sleep(0)
+        return await super().load(conversation)
+
+
+@dataclass(slots=True)
+class Member:
+    """Someone in a room, and what it heard."""
+
+    membership: Membership
+    heard: list[bytes]
+    lost: list[CrdtLlmError]
+
+
+@dataclass(slots=True)
+class Place:
+    """A hub on a simulated disk."""
+
+    disk: MemoryDisk = field(default_factory=lambda: MemoryDisk("log"))
+    now: float = 1000.0
+    failing: bool = False
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    log: CountingLog = field(init=False)
+    hub: Hub = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+        self.log = CountingLog(self.disk, clock=lambda: 0, faults=self._fault)
+        self.hub = Hub(self.log, clock=lambda: self.now, random=Random(1).randbytes)
+
+    async def _fault(self, seam: MemorySeam) -> None:
+        if seam == "before-commit":
+            await self.gate.wait()
+            if self.failing:
+                raise StoreFailed("no space")
+
+    async def join(
+        self, principal: str = "owner", *, node: bool = False, conversation: str = CONVERSATION
+    ) -> Member:
+        heard: list[bytes] = []
+        lost: list[CrdtLlmError] = []
+        membership = await self.hub.join(
+            conversation, principal, node=node, deliver=heard.append, lost=lost.append
+        )
+        return Member(membership, heard, lost)
+
+    @property
+    def durable(self) -> int:
+        """How many updates are on the disk."""
+        stored = self.disk.conversations.get(CONVERSATION)
+        return 0 if stored is None else stored.lsn
+
+
+async def born(place: Place) -> tuple[Member, Device]:
+    """A conversation with a birth, its owner, and the owner's device."""
+    member, device = await place.join(), Device(Random(7))
+    await member.membership.submit(device.give_birth())
+    return member, device
+
+
+async def turns(count: int = 20) -> None:
+    """Let everything that can go on go on; a turn takes a few steps of the loop."""
+    for _ in range(count):
+        await asyncio.sleep(0)
