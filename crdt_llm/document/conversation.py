@@ -397,7 +397,8 @@ class Conversation:
     def apply(self, update: bytes, origin: object = None) -> Change:
         """Merge an update from elsewhere.
 
-        The bytes must have passed a structure check: the library can crash on hostile ones.
+        The bytes must have passed a structure check, and must not build on what is not here: on
+        hostile bytes and on gaps the library can crash, or show values of a state never written.
 
         Raises:
             MalformedMessage: the bytes are no update. The replica must then be thrown away.
@@ -405,7 +406,12 @@ class Conversation:
         self._check_idle()
         try:
             self._doc.apply_update(update)
-        except (ValueError, RuntimeError, RecursionError) as error:
+        except BaseException as error:
+            # A panic of the library is no Exception; unhandled it would end the whole process.
+            if type(error).__name__ != "PanicException" and not isinstance(
+                error, ValueError | RuntimeError
+            ):
+                raise
             self._collected, self._updates, self._failure = [], [], None
             raise MalformedMessage(f"an update that does not apply: {error}") from error
         change = self._settle(origin)

@@ -1,4 +1,4 @@
-"""Who may write what: a table of accepted and refused writes for each rule."""
+"""Who may write what: a table of accepted and refused writes for each rule; honest authors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import event, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from pycrdt import Array, Doc, Map, Text, XmlFragment
 
 from crdt_llm.document import rules
 from crdt_llm.document.conversation import ROOTS, Conversation
 from crdt_llm.document.rules import CLOCK_LEAD_MAX, Author, check
 from crdt_llm.document.schema import (
+    ROOT,
     TEXT_BYTES_MAX,
     TITLE_CHARACTERS_MAX,
     Birth,
@@ -30,6 +34,8 @@ from crdt_llm.errors import Gap, Refused, TooLarge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from crdt_llm.document.conversation import Writer
 
     Write = Callable[["Raw"], object]
 
@@ -775,3 +781,184 @@ def test_every_code_is_in_the_rules() -> None:
 @pytest.mark.parametrize("author", [RITA, STAN, WILL], ids=lambda author: author.principal)
 def test_what_is_known_already_is_no_offence_of_anybody(author: Author) -> None:
     judge(STATE, STATE, author)
+
+
+# -- honest authors ----------------------------------------------------------------------------
+
+
+class Honest(RuleBasedStateMachine):
+    """Two people and a node who write only what they may, each on what it has seen so far.
+
+    The relay applies their updates in the order in which they arrive, and asks the rules. Nothing
+    is refused but what was overtaken by a withdrawal; then the node starts over, as it must.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relay = Conversation(1)
+        self.log: list[bytes] = []
+        self.seen = dict.fromkeys((OLGA, WILL, NODE), 0)
+        self.replicas = {author: self._replica() for author in self.seen}
+        self.ids = 0
+
+    def _replica(self) -> Conversation:
+        self.ids = getattr(self, "ids", 0) + 2
+        return Conversation(100 + self.ids, seal_client_id=101 + self.ids)
+
+    def write(self, author: Author, write: Callable[[Writer], None]) -> None:
+        replica = self.replicas[author]
+        with replica.writing() as writer:
+            write(writer)
+        change = writer.change
+        assert change is not None
+        # An author may ask before it sends.
+        check(change, replica, conversation_id=CONVERSATION, author=author)
+        self._submit(author, change.update)
+
+    def _submit(self, author: Author, update: bytes) -> None:
+        before = self.relay.diff()
+        change = self.relay.apply(update)
+        try:
+            check(change, self.relay, conversation_id=CONVERSATION, author=author)
+        except Refused:
+            self.relay = Conversation(1, update=before)
+            if author is not NODE or not any(
+                self.relay.has(entry, "redacted") for entry in change.entries
+            ):
+                raise
+            event("overtaken by a withdrawal")
+            self.replicas[author] = self._replica()
+            self.seen[author] = 0
+        else:
+            self.log.append(update)
+
+    def catch_up(self, author: Author, upto: int) -> None:
+        while self.seen[author] < min(upto, len(self.log)):
+            self.replicas[author].apply(self.log[self.seen[author]])
+            self.seen[author] += 1
+
+    @initialize()
+    def begin(self) -> None:
+        def give_birth(writer: Writer) -> None:
+            writer.give_birth(BIRTH, 1)
+            writer.grant("will", Grant.WRITER)
+
+        self.write(OLGA, give_birth)
+        for author in self.seen:
+            self.catch_up(author, 1)
+        self.write(NODE, lambda w: w.add_lease(1, LEASE["node"], LEASE["signature"]))
+
+    @rule(author=st.sampled_from((OLGA, WILL, NODE)), some=st.integers(1, 5))
+    def hear(self, author: Author, some: int) -> None:
+        self.catch_up(author, self.seen[author] + some)
+
+    @rule(
+        author=st.sampled_from((OLGA, WILL)),
+        pick=st.integers(0, 99),
+        fork=st.booleans(),
+        asks=st.booleans(),
+    )
+    def say(self, author: Author, pick: int, fork: bool, asks: bool) -> None:  # noqa: FBT001 - drawn
+        tree = self.replicas[author].tree
+        known = sorted(tree.entries)
+        after = known[pick % len(known)] if known and fork else tree.last(ROOT)
+        clock = tree.clock + 1
+        self.ids += 2
+        entry, request = (entry_id(9_999 - self.ids + n, b"\xab" * 10) for n in range(2))
+
+        def write(writer: Writer) -> None:
+            born = Born(Role.USER, author.principal, "d", 1, clock, fork=fork, after=after)
+            writer.add(entry, born, "said")
+            if asks:
+                writer.add(
+                    request,
+                    Born(Role.ASSISTANT, author.principal, "d", 1, clock + 1, after=entry),
+                )
+
+        self.write(author, write)
+
+    @rule(author=st.sampled_from((OLGA, WILL)), pick=st.integers(0, 99))
+    def stop(self, author: Author, pick: int) -> None:
+        tree = self.replicas[author].tree
+        if slots := sorted(entry for entry in tree.entries if tree.facts(entry).slot):
+            slot = slots[pick % len(slots)]
+            self.write(author, lambda writer: writer.stop(slot, author.principal))
+
+    @rule(author=st.sampled_from((OLGA, WILL)), pick=st.integers(0, 99))
+    def withdraw(self, author: Author, pick: int) -> None:
+        replica = self.replicas[author]
+        own = [
+            entry
+            for entry in sorted(replica.tree.entries)
+            if author is OLGA or ((b := replica.born(entry)) and b.author == author.principal)
+        ]
+        if not own:
+            return
+        entry = own[pick % len(own)]
+
+        def write(writer: Writer) -> None:
+            writer.set(entry, "redacted", {"by": author.principal, "at": 1})
+            for field in ("content", "salt", "sealed", "calls"):
+                if replica.has(entry, field):
+                    del writer._entries[entry][field]
+
+        self.write(author, write)
+
+    @rule(pick=st.integers(0, 99), text=st.sampled_from(("é", "word ")))
+    def node(self, pick: int, text: str) -> None:
+        replica = self.replicas[NODE]
+        streaming = [
+            entry
+            for entry in sorted(replica.tree.entries)
+            if replica.state(entry) is State.STREAMING
+        ]
+        if not streaming:
+            self._admit(replica)
+            return
+        slot = streaming[pick % len(streaming)]
+        open_still = not replica.has(slot, "redacted")
+
+        def grow(writer: Writer) -> None:
+            writer.append_text(slot, text)
+            writer.append_sealed(slot, text.encode())
+
+        def end(writer: Writer) -> None:
+            if open_still:
+                writer.append_text(slot, text)
+                writer.replace_sealed(slot, b"all")
+                writer.proof(slot, SALT, REPLY_PROOF)
+            else:
+                writer.set(slot, "proof", REPLY_PROOF.plain())
+            writer.state(slot, State.DONE)
+            writer.usage(slot, Usage(sampled=1))
+
+        self.write(NODE, grow if open_still and pick % 3 else end)
+
+    def _admit(self, replica: Conversation) -> None:
+        tree = replica.tree
+        for entry in tree.pending:
+            parent = tree.up(entry)
+            if not tree.is_admitted(parent):
+                continue
+
+            def admit(writer: Writer, entry: str = entry, parent: str = parent) -> None:
+                writer.place(entry, Place(parent, 1))
+                if not tree.facts(entry).slot:
+                    writer.proof(entry, SALT, PROOF)
+                    return
+                writer.state(entry, State.STREAMING)
+                writer.open_reply(entry)
+                for slot in tree.superseded:
+                    writer.state(slot, State.SUPERSEDED)
+
+            self.write(NODE, admit)
+            return
+
+    def teardown(self) -> None:
+        for author in self.seen:
+            self.catch_up(author, len(self.log))
+            assert self.replicas[author].view() == self.relay.view()
+
+
+Honest.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestHonest = Honest.TestCase

@@ -59,7 +59,7 @@ def answers(tree: Tree) -> dict[str, Any]:
 
 
 @given(documents())
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 def test_agrees_with_a_second_writing_of_the_rules(facts: list[Facts]) -> None:
     tree, naive = Tree(facts), NaiveView(facts)
     for entry in (*(one.id for one in facts), ROOT, "missing"):
@@ -87,6 +87,7 @@ def test_agrees_with_a_second_writing_of_the_rules(facts: list[Facts]) -> None:
 
 
 @given(documents(), st.randoms(use_true_random=False))
+@settings(deadline=None)
 def test_is_the_same_in_any_order(facts: list[Facts], random: Any) -> None:
     shuffled = list(facts)
     random.shuffle(shuffled)
@@ -94,6 +95,7 @@ def test_is_the_same_in_any_order(facts: list[Facts], random: Any) -> None:
 
 
 @given(st.lists(st.tuples(documents(), st.sets(st.sampled_from(IDS)), st.booleans()), max_size=4))
+@settings(deadline=None)
 def test_incremental_equals_rebuilt(steps: list[tuple[list[Facts], set[str], bool]]) -> None:
     tree, known = Tree(), dict[str, Facts]()
     for facts, dropped, asked in steps:
@@ -141,7 +143,7 @@ def _admit(tree: Tree, limit: int, *, clean: bool) -> None:
 
 
 @given(documents(), st.lists(documents(placed=st.just(False)), max_size=4), st.integers(0, 3))
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_every_pending_entry_gets_admitted_and_what_is_admitted_never_moves(
     facts: list[Facts], later: list[list[Facts]], steps: int
 ) -> None:
@@ -160,6 +162,7 @@ def test_every_pending_entry_gets_admitted_and_what_is_admitted_never_moves(
 
 
 @given(documents(placed=st.just(False)))
+@settings(deadline=None)
 def test_an_end_stays_out_of_every_path(facts: list[Facts]) -> None:
     tree = Tree(facts)
     for entry in (*tree.entries, ROOT):
