@@ -42,19 +42,24 @@ class ByteBudget:
         try:
             await turn
         except asyncio.CancelledError:
-            self._waiting.remove(entry)
-            # Granted and cancelled in the same turn: what was taken goes back.
-            self.release(0 if turn.cancelled() else size)
+            if not turn.cancelled():  # granted and cancelled in the same turn
+                self._bytes_held -= size
             raise
-        self._waiting.remove(entry)
+        finally:
+            self._waiting.remove(entry)
+            # Those who came behind this one may have room since.
+            self._grant()
 
     def release(self, size: int) -> None:
         """Give ``size`` bytes back and let those go on who now have room."""
         self._bytes_held -= size
-        for waiting_size, turn in self._waiting:
+        self._grant()
+
+    def _grant(self) -> None:
+        for size, turn in self._waiting:
             if turn.done():
                 continue
-            if self._bytes_held + waiting_size > self._bytes_max:
+            if self._bytes_held + size > self._bytes_max:
                 break
-            self._bytes_held += waiting_size
+            self._bytes_held += size
             turn.set_result(None)

@@ -556,6 +556,11 @@ class SqliteLog:
         connection.execute("BEGIN IMMEDIATE")
         committing = False
         try:
+            # It changes when any other connection has written.
+            version = connection.execute("PRAGMA data_version").fetchone()[0]
+            if version != self._data_version:
+                self._heads.clear()
+                self._data_version = version
             yield connection
             if before_commit:
                 self._faults(before_commit)
@@ -587,11 +592,6 @@ class SqliteLog:
 
     def _head(self, connection: sqlite3.Connection, conversation: str) -> Head | None:
         """Return a conversation's head as of this transaction, None if it is unknown."""
-        # It changes when any other connection has written.
-        version = connection.execute("PRAGMA data_version").fetchone()[0]
-        if version != self._data_version:
-            self._heads.clear()
-            self._data_version = version
         if conversation not in self._heads:
             return sqlite_file.read_head(connection, self._path, conversation)
         return self._heads[conversation]

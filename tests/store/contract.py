@@ -245,6 +245,28 @@ class Contract:
         assert await log.append(A, [b"and room again"]) == loaded.lsn + 1
         await log.close()
 
+    async def test_a_cancelled_compaction_is_carried_out_whole(self, place: Place) -> None:
+        log = await place.open()
+        await log.append(A, [b"one", b"two"])
+        compaction = asyncio.ensure_future(log.compact(A, b"state at 1", 1))
+        await asyncio.sleep(0)
+        compaction.cancel()
+        assert await log.append(A, [b"three"]) == 3
+        assert compaction.cancelled()
+        assert await log.load(A) == Loaded(b"state at 1", 1, ((2, b"two"), (3, b"three")))
+        await log.close()
+
+    async def test_a_full_queue_lets_everybody_through_in_the_end(self, place: Place) -> None:
+        log = await place.open(SMALL)
+        await log.append(A, [b"x"])
+        await asyncio.gather(
+            *(log.append(A, [bytes(100), bytes(100)]) for _ in range(10)),
+            *(log.compact(A, bytes(300), 1) for _ in range(10)),
+            *(log.append(B, [bytes(100), bytes(100)]) for _ in range(10)),
+        )
+        assert ((await log.load(A)).lsn, (await log.load(B)).lsn) == (21, 20)
+        await log.close()
+
     @pytest.mark.parametrize(
         ("updates", "match"),
         [

@@ -647,9 +647,11 @@ class Faulty(sqlite3.Connection):
     """A connection on which some statements fail."""
 
     failing: frozenset[str] = frozenset()
+    failures_left = 0
 
     def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
-        if sql in self.failing:
+        if sql in self.failing and self.failures_left:
+            self.failures_left -= 1
             raise sqlite3.OperationalError("disk I/O error")
         return super().execute(sql, *arguments)
 
@@ -670,21 +672,33 @@ class Connector:
         return self.opened[1]  # the first one created the file
 
 
-@pytest.mark.parametrize("failing", [{"COMMIT"}, {"COMMIT", "ROLLBACK"}])
+@pytest.mark.parametrize(
+    ("failing", "failures", "connections"),
+    [
+        # Another commit is written over the failed one.
+        ({"COMMIT"}, 1, 1),
+        # That one fails too, or nothing can be taken back: a new connection.
+        ({"COMMIT"}, 2, 2),
+        ({"COMMIT", "ROLLBACK"}, 2, 2),
+    ],
+)
 async def test_a_commit_that_fails_itself_leaves_nothing_behind(
-    path: Path, failing: set[str]
+    path: Path, failing: set[str], failures: int, connections: int
 ) -> None:
     connector = Connector()
     async with await SqliteLog.open(path, connect=connector) as log:
         assert await log.append(A, [b"one"]) == 1
-        connector.writer.failing = frozenset(failing)
+        others = len(connector.opened) - 1
+        connector.writer.failing, connector.writer.failures_left = frozenset(failing), failures
         with pytest.raises(StoreFailed, match="disk I/O error"):
             await log.append(A, [b"lost"])
         assert await log.load(A) == Loaded(None, 0, ((1, b"one"),))
-        connector.writer.failing = frozenset()
+        assert connector.writer.failures_left == 0
         assert await log.append(A, [b"two"]) == 2
-        copy_as_a_crash_leaves_it(path, path.parent / "image" / "log.db")
-    async with await SqliteLog.open(path.parent / "image" / "log.db") as log:
+        assert len(connector.opened) == others + connections
+        image = path.parent / "image" / "log.db"
+        copy_as_a_crash_leaves_it(path, image)
+    async with await SqliteLog.open(image) as log:
         assert await log.load(A) == Loaded(None, 0, ((1, b"one"), (2, b"two")))
 
 
