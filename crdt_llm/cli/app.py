@@ -212,12 +212,13 @@ def chat(
     from crdt_llm.cli.folders import DataFolder  # noqa: PLC0415 - as above
 
     _log(verbose=verbose)
-    sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     wish = Wish(
         conversation=conversation,
         new=new,
         system=system,
-        sampling={name: value for name, value in sampling.items() if value is not None},
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
         json=json,
     )
     folder = DataFolder.named(data)

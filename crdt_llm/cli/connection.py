@@ -1,4 +1,4 @@
-"""How a command reaches the relay: an address, a token, and news of the first attempt.
+"""How a command reaches the relay: an address, a token, and news of every attempt.
 
 This module owns the wiring of a client for the command line. A client goes on trying for ever; a
 person in front of a terminal wants to hear that nobody is there. It must not know what the client
@@ -9,37 +9,44 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from enum import Enum
+from typing import TYPE_CHECKING
 
-from crdt_llm.errors import CrdtLlmError, Unavailable
+from crdt_llm.cli.folders import read_token
+from crdt_llm.errors import CrdtLlmError, StoreFailed, Unavailable
 from crdt_llm.sync.dial import Address, websocket_dial
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
+    from pathlib import Path
 
+    from crdt_llm.sync.client import OpenConversation
     from crdt_llm.sync.dial import Dial, Socket
 
-DEFAULT_URL: Final = "http://127.0.0.1:8765/"
+
+class Standing(Enum):
+    """How a conversation and the relay stand, for people."""
+
+    CONNECTING = "connecting"
+    ONLINE = "online"
+    AWAY = "offline"
+    REFUSED = "refused"
 
 
 class Door:
     """A dial that remembers how the last attempt went.
 
     Args:
+        url: the relay's address, for people.
         dial: opens sockets.
-        tried: called after every attempt that ended, and every connection that did.
     """
 
-    def __init__(self, dial: Dial, tried: Callable[[], None] = lambda: None) -> None:
-        self.tried = tried
+    def __init__(self, url: str, dial: Dial) -> None:
+        self.url = url
         self._dial = dial
         self._failure: CrdtLlmError | None = None
-        self._first = asyncio.Event()
-
-    @property
-    def failure(self) -> CrdtLlmError | None:
-        """Why there is no connection, if the last attempt failed."""
-        return self._failure
+        self._tried = asyncio.Event()
+        self._news = asyncio.Event()
 
     @asynccontextmanager
     async def dial(self, conversation: str) -> AsyncIterator[Socket]:
@@ -54,24 +61,66 @@ class Door:
 
     def _note(self, failure: CrdtLlmError | None) -> None:
         self._failure = failure
-        self._first.set()
-        self.tried()
+        self._tried.set()
+        self._news.set()
 
-    async def reached(self) -> None:
+    async def news(self) -> None:
+        """Wait until an attempt ends, or a connection; one listener only."""
+        await self._news.wait()
+        self._news.clear()
+
+    def standing(self, conversation: OpenConversation) -> Standing:
+        """How things stand now."""
+        if conversation.refused is not None:
+            return Standing.REFUSED
+        if conversation.online:
+            return Standing.ONLINE
+        return Standing.AWAY if self._failure is not None else Standing.CONNECTING
+
+    async def reached(self, meanwhile: str) -> None:
         """Wait for the end of the first attempt.
+
+        Args:
+            meanwhile: what to say if nobody answered.
 
         Raises:
             Unavailable: nobody answered. A refusal is not raised: the conversation tells of it.
         """
-        await self._first.wait()
+        await self._tried.wait()
         if isinstance(self._failure, Unavailable):
-            raise self._failure
+            raise Unavailable(f"no relay answers at {self.url}: {meanwhile}") from self._failure
 
 
-def door_to(url: str, token: str) -> Door:
+def door_to(url: str, token_file: Path) -> Door:
     """A door to the relay at ``url``.
+
+    Args:
+        url: its address; a ``?token=`` in it is used instead of the file.
+        token_file: who we are.
 
     Raises:
         LocalMisuse: the address or the token has not the form of one.
+        AuthenticationFailed: there is no token in the file.
     """
-    return Door(websocket_dial(Address.parse(url), token))
+    address = Address.parse(url)
+    token = address.token if address.token is not None else read_token(token_file)
+    return Door(address.base, websocket_dial(address, token))
+
+
+async def known(conversation: OpenConversation, door: Door) -> None:
+    """Wait until this device has a conversation, if it was never here.
+
+    Raises:
+        Unavailable: nobody answers.
+        Refused: the relay does not let us in.
+        StoreFailed: the relay has no such conversation.
+    """
+    if conversation.document.id is not None:
+        return
+    await door.reached(
+        f"conversation {conversation.id} is not on this device; start the relay with"
+        " `crdt-llm serve`, or name it with --url"
+    )
+    await conversation.synced_once()
+    if conversation.document.id is None:
+        raise StoreFailed(f"the relay at {door.url} has no conversation {conversation.id}")

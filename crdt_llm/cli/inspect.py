@@ -10,17 +10,15 @@ from __future__ import annotations
 import asyncio
 import json as json_format
 import os
-import random
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
-from crdt_llm.cli.connection import door_to
-from crdt_llm.cli.folders import read_token
+from crdt_llm.cli.connection import door_to, known
 from crdt_llm.cli.printable import one_line
-from crdt_llm.cli.stored import complete_id, list_stored, load_stored
+from crdt_llm.cli.stored import complete_id, fresh_client_id, list_stored, load_stored
 from crdt_llm.cli.verification import Keys, Report, open_hidden, verify
-from crdt_llm.document.conversation import CLIENT_ID_BITS, Conversation
+from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.document.schema import State, is_conversation_id
 from crdt_llm.document.seal import Sealer
@@ -67,8 +65,9 @@ def run_inspect(
         identity = _stored_id(question.conversation, folder)
         conversation = load_stored(folder.log, identity)
     else:
-        token = read_token(token_file or folder.token)
-        conversation = asyncio.run(_ask_relay(question.conversation, url, token))
+        conversation = asyncio.run(
+            _ask_relay(question.conversation, url, token_file or folder.token)
+        )
     # Another relay's token means that this folder's keys are of no use there.
     keys = _keys(folder) if url is None or token_file is None else Keys()
     _check_key(question, keys, folder)
@@ -83,32 +82,28 @@ def run_inspect(
 
 
 def _stored_id(given: str | None, folder: DataFolder) -> str:
-    known = [stored.conversation for stored in list_stored(folder.log)]
-    if not known:
+    names = [stored.conversation for stored in list_stored(folder.log)]
+    if not names:
         raise StoreFailed(
             f"there are no conversations in {folder.log}: name the data folder with --data"
         )
     if given is None:
-        return known[0]
-    found = complete_id(given, known)
+        return names[0]
+    found = complete_id(given, names)
     if found is None:
-        raise StoreFailed(f"{folder.log} has no conversation {given}; its last one is {known[0]}")
+        raise StoreFailed(f"{folder.log} has no conversation {given}; its last one is {names[0]}")
     return found
 
 
-async def _ask_relay(given: str | None, url: str, token: str) -> Conversation:
+async def _ask_relay(given: str | None, url: str, token_file: Path) -> Conversation:
     if given is None or not is_conversation_id(given):
         raise LocalMisuse("with --url, name the conversation by its whole id (22 characters)")
-    door = door_to(url, token)
+    door = door_to(url, token_file)
     async with Client(url, device="inspect", dial=door.dial) as client:
         conversation = await client.open(given)
-        await door.reached()
-        await conversation.synced_once()
-        state, known = conversation.document.diff(), conversation.document.id
-    if known is None:
-        raise StoreFailed(f"the relay at {url} has no conversation {given}")
-    client_id = random.SystemRandom().randint(1, 2**CLIENT_ID_BITS - 1)  # never writes
-    return Conversation(client_id, update=state)
+        await known(conversation, door)
+        state = conversation.document.diff()
+    return Conversation(fresh_client_id(), update=state)
 
 
 # -- keys ------------------------------------------------------------------------------------------

@@ -70,8 +70,7 @@ def load_stored(path: Path, conversation: str) -> Conversation:
 
 
 def _replica(loaded: Loaded, path: Path, conversation: str) -> Conversation:
-    # It is only read, so its client id never gets into any document.
-    replica = Conversation(random.SystemRandom().randint(1, 2**CLIENT_ID_BITS - 1))
+    replica = Conversation(fresh_client_id())
     updates = [update for _, update in loaded.updates]
     try:
         for update in updates if loaded.snapshot is None else (loaded.snapshot, *updates):
@@ -82,6 +81,11 @@ def _replica(loaded: Loaded, path: Path, conversation: str) -> Conversation:
             " so that a client's replica can bring it back"
         ) from error
     return replica
+
+
+def fresh_client_id() -> int:
+    """For a replica that is only read, so that it never gets into any document."""
+    return random.SystemRandom().randint(1, 2**CLIENT_ID_BITS - 1)
 
 
 def complete_id(beginning: str, known: Iterable[str]) -> str | None:
