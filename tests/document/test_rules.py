@@ -960,5 +960,5 @@ class Honest(RuleBasedStateMachine):
             assert self.replicas[author].view() == self.relay.view()
 
 
-Honest.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Honest.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestHonest = Honest.TestCase
