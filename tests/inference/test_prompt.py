@@ -235,6 +235,22 @@ def test_any_end_token_stands_for_the_templates(models: dict[str, Model]) -> Non
     assert texts == {spelled_child(model, NO_PARENT)}
 
 
+def test_a_space_is_put_before_a_text_only_after_a_control_token(tmp_path: Path) -> None:
+    folder = FORMATS["strict"].build(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ ('Q: ' if m.role == 'user' else 'A: ') + m.content + '; ' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}",
+        encoding="utf-8",
+    )
+    model = Model.load(folder)
+    (end,) = model.vocabulary.encode_control("</s>")
+    (letter,) = model.vocabulary.encode_text("x")
+    assert spelled_child(model, NO_PARENT) == "Q: !; "
+    assert spelled_child(model, ParentTail(is_reply=True, last_sampled=letter)) == "; Q: !; "
+    assert spelled_child(model, ParentTail(is_reply=True, last_sampled=end)) == " ; Q: !; "
+    assert model.vocabulary.spell(model.segments([("user", "!")])[0]) == " Q: !; "
+
+
 def test_a_reply_to_a_reply_closes_it(models: dict[str, Model]) -> None:
     renderer, spell = models["real"].renderer, models["real"].vocabulary.spell
     opening = renderer.reply_opening(

@@ -61,6 +61,15 @@ def test_a_reply_that_is_closed_only_when_something_follows_has_its_close() -> N
     assert learned.reply_close == "<|end|>"
 
 
+def test_a_role_written_as_the_assistants_is_one_the_template_does_not_know() -> None:
+    learned = of(
+        "{% for m in messages %}{{ ('Q: ' if m.role == 'user' else 'A: ') + m.content + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
+    )
+    assert learned.generation == "A: "
+    assert learned.system == learned.system_root == learned.tool == learned.user == ("Q: ", "\n")
+
+
 @pytest.mark.parametrize(
     "late",
     [
