@@ -324,18 +324,22 @@ def _exit(code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> NoReturn:
+    """Run the process's command line, and end the process."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(words: Sequence[str]) -> int:
     """Run a command line.
 
     Args:
-        arguments: without the program's name; ``None`` takes the process's.
+        words: without the program's name.
 
     Returns:
         The exit code: 0 done, 1 failed, 2 usage, 130 interrupted.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = app(words, prog_name="crdt-llm", standalone_mode=False)
+        code = app(list(words), prog_name="crdt-llm", standalone_mode=False)
     except typer.TyperException as error:
         return _refuse_usage(error)
     except typer.Abort:
