@@ -1,0 +1,191 @@
+"""Hidden fields: they open in their own place with their own key, and nowhere else."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import struct
+from dataclasses import replace
+from typing import Any
+
+import msgpack
+import pytest
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crdt_llm.document.keys import SigningKey
+from crdt_llm.document.seal import FINAL_CHUNK, Hidden, Kind, Sealer, Where, verify_chunk
+from crdt_llm.errors import BadProof
+
+MASTER, NODE = b"m" * 32, SigningKey(b"k" * 32)
+WHERE = Where("conversation", "entry", b"p" * 32, 3, 0)
+HIDDEN = Hidden(
+    ids=(1, 2, 70_000, 4),
+    kinds=(Kind.INJECTED, Kind.SAMPLED, Kind.SAMPLED, Kind.REASONING),
+    logprobs=(-0.5, 0.0, -2.0),
+    model="fingerprint",
+    renderer="renderer",
+    params={"seed": 7, "temperature": 0.5},
+)
+
+
+def sealer(master: bytes = MASTER) -> Sealer:
+    return Sealer(master, random.Random(1).randbytes)
+
+
+def final(where: Where = WHERE) -> Where:
+    return replace(where, chunk=FINAL_CHUNK)
+
+
+@st.composite
+def hiddens(draw: st.DrawFn) -> Hidden:
+    kinds = tuple(draw(st.lists(st.sampled_from(Kind))))
+    made = sum(kind is not Kind.INJECTED for kind in kinds)
+    ids = st.lists(st.integers(0, 2**32 - 1), min_size=len(kinds), max_size=len(kinds))
+    floats = st.lists(st.floats(width=16, allow_nan=False), min_size=made, max_size=made)
+    return Hidden(tuple(draw(ids)), kinds, tuple(draw(floats)))
+
+
+@given(hiddens(), st.integers(0, FINAL_CHUNK), st.text(max_size=9))
+@settings(deadline=None)
+def test_what_is_sealed_opens(hidden: Hidden, chunk: int, text: str) -> None:
+    where = replace(WHERE, chunk=chunk)
+    blob = sealer().seal(hidden, where, text, NODE)
+    assert sealer().open(blob, where) == hidden
+    verify_chunk(blob, where, text, NODE.public)
+
+
+def test_a_blob_is_what_its_description_says() -> None:
+    """A second writing, from the description alone."""
+    blob = sealer().seal(HIDDEN, WHERE, "text", NODE)
+    version, key_id, nonce, ciphertext, signature = msgpack.unpackb(blob)
+    assert version == 1
+    assert key_id == hashlib.sha256(b"crdt-llm/1/key" + MASTER).hexdigest()[:16]
+    assert len(nonce) == 12
+    info = b"crdt-llm/1/seal" + b"conversation"
+    key = HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(MASTER)
+    associated = b"conversation" + b"entry" + struct.pack(">I", 0)
+    plain = msgpack.unpackb(ChaCha20Poly1305(key).decrypt(nonce, ciphertext, associated))
+    assert plain == {
+        "ids": struct.pack("<4I", 1, 2, 70_000, 4),
+        "kinds": [["injected", 1], ["sampled", 2], ["reasoning", 1]],
+        "logprobs": struct.pack("<3e", -0.5, 0.0, -2.0),
+        "model": "fingerprint",
+        "renderer": "renderer",
+        "params": {"seed": 7, "temperature": 0.5},
+    }
+    signed = b"crdt-llm/1/chunk" + b"conversation" + b"entry" + b"p" * 32
+    signed += struct.pack(">QI", 3, 0) + hashlib.sha256(b"text").digest()
+    assert signature == NODE.sign(signed)
+
+
+@pytest.mark.parametrize(
+    "elsewhere", [{"conversation": "other"}, {"entry": "other"}, {"chunk": 1}], ids=str
+)
+def test_a_blob_does_not_open_elsewhere(elsewhere: dict[str, Any]) -> None:
+    blob = sealer().seal(HIDDEN, WHERE, "", NODE)
+    with pytest.raises(BadProof):
+        sealer().open(blob, replace(WHERE, **elsewhere))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"text": "other"},
+        {"where": replace(WHERE, conversation="other")},
+        {"where": replace(WHERE, entry="other")},
+        {"where": replace(WHERE, parent=b"q" * 32)},
+        {"where": replace(WHERE, epoch=4)},
+        {"where": replace(WHERE, chunk=1)},
+        {"node": SigningKey(b"x" * 32).public},
+    ],
+    ids=str,
+)
+def test_a_signature_covers_the_place_and_the_text(changed: dict[str, Any]) -> None:
+    blob = sealer().seal(HIDDEN, WHERE, "text", NODE)
+    right: dict[str, Any] = {"where": WHERE, "text": "text", "node": NODE.public}
+    verify_chunk(blob, **right)
+    with pytest.raises(BadProof):
+        verify_chunk(blob, **right | changed)
+
+
+def test_another_key_does_not_open_it() -> None:
+    blob = sealer().seal(HIDDEN, WHERE, "", NODE)
+    other = sealer(b"o" * 32)
+    with pytest.raises(BadProof, match=other.key_id):
+        other.open(blob, WHERE)
+    assert MASTER.decode() not in repr(sealer())
+
+
+def test_every_changed_byte_is_noticed() -> None:
+    blob = sealer().seal(HIDDEN, WHERE, "text", NODE)
+
+    def read(given: bytes) -> None:
+        sealer().open(given, WHERE)
+        verify_chunk(given, WHERE, "text", NODE.public)
+
+    read(blob)
+    for position in range(len(blob)):
+        changed = bytearray(blob)
+        changed[position] ^= 1
+        with pytest.raises(BadProof):
+            read(bytes(changed))
+
+
+@given(st.binary(max_size=40))
+@settings(deadline=None)
+def test_any_bytes_are_a_blob_or_an_error(garbage: bytes) -> None:
+    with pytest.raises(BadProof):
+        sealer().open(garbage, WHERE)
+    with pytest.raises(BadProof):
+        verify_chunk(garbage, WHERE, "", NODE.public)
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        {},
+        [],
+        {"ids": b"123", "kinds": [], "logprobs": b""},
+        {"ids": bytes(4), "kinds": [], "logprobs": b""},
+        {"ids": bytes(4), "kinds": [["unknown", 1]], "logprobs": b""},
+        {"ids": b"", "kinds": 5, "logprobs": b""},
+        {"ids": b"", "kinds": [], "logprobs": b"1"},
+    ],
+    ids=str,
+)
+def test_a_plaintext_that_is_no_hidden_state(plain: Any) -> None:
+    class Plain(Hidden):
+        def plain(self) -> dict[str, Any]:
+            given: dict[str, Any] = plain
+            return given
+
+    blob = sealer().seal(Plain(), WHERE, "", NODE)
+    with pytest.raises(BadProof):
+        sealer().open(blob, WHERE)
+
+
+def test_chunks_joined_say_what_the_final_blob_says() -> None:
+    opening = replace(HIDDEN, ids=HIDDEN.ids[:2], kinds=HIDDEN.kinds[:2], logprobs=(-0.5,))
+    rest = Hidden(HIDDEN.ids[2:], HIDDEN.kinds[2:], HIDDEN.logprobs[1:])
+    one = sealer()
+    chunks = [
+        one.seal(part, replace(WHERE, chunk=number), "", NODE)
+        for number, part in enumerate((opening, rest))
+    ]
+    whole = one.seal(HIDDEN, final(), "", NODE)
+    assert one.open_reply(chunks, WHERE) == one.open_reply([whole], WHERE) == HIDDEN
+    assert one.open_reply(chunks[:1], WHERE) == opening
+    for wrong in ([], chunks[::-1], chunks[1:], [*chunks, whole], [chunks[0], chunks[0]]):
+        with pytest.raises(BadProof):
+            one.open_reply(wrong, WHERE)
+
+
+def test_what_the_model_made_and_what_was_put_before() -> None:
+    assert HIDDEN.sampled == (2, 70_000, 4)
+    assert HIDDEN.injected == (1,)
+    assert Hidden((1, 2), (Kind.INJECTED,) * 2).injected == (1, 2)
+    assert Hidden().injected == Hidden().sampled == ()
