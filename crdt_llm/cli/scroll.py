@@ -64,7 +64,7 @@ class Scroll:
         is printed. If something on paper is not so any more, the view is printed anew from there.
         """
         same = self._common(entries)
-        lines = [_DIVERGED] if same < len(self._printed) else []
+        lines = [_DIVERGED] if any(printed.lines for printed in self._printed[same:]) else []
         del self._printed[same:]
         number = same
         if self._printed and not self._printed[-1].closed:
@@ -95,7 +95,6 @@ class Scroll:
         done = 0
         if len(self._printed) > number:
             done = self._printed.pop().lines
-        # An empty first line says nothing before there is a text.
         self._printed.append(_Printed(entry.id, text, len(complete), closed))
         ending = [_ending(entry)] if closed and _ending(entry) else []
         return complete[done:] + ending
