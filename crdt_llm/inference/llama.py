@@ -28,8 +28,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional
-from transformers import AutoConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from crdt_llm.errors import ModelUnusable
 from crdt_llm.inference.attention import KV_DTYPE, KvPool, TiledAttention
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
-    from transformers import PretrainedConfig
 
     from crdt_llm.inference.attention import Chunk
 
@@ -49,6 +46,7 @@ MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 # Rotations that are a function of the position alone. "dynamic" and "longrope" change with the
 # length of the prompt, so the KV of the first n tokens would not be one value.
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+ROPE_THETA = 10000.0  # where a configuration says nothing
 
 ELEMENTS_MAX_PER_THREAD = 32768
 """Up to so many elements torch does not split an element-wise operation over threads
@@ -166,68 +164,90 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration of a model folder.
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a model folder, as it is written there.
 
     Raises:
         ModelUnusable: it is missing, damaged, or describes what this engine does not compute.
     """
-    if not (folder / "config.json").is_file():
-        raise ModelUnusable(f"{folder / 'config.json'} is missing: this is no model folder")
+    file = folder / "config.json"
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelUnusable(f"the configuration in {folder} cannot be read: {reason}") from error
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelUnusable(f"{file} is missing: this is no model folder") from error
+    except ValueError as error:
+        raise ModelUnusable(f"{file} is damaged: fetch the model again") from error
+    if not isinstance(config, dict):
+        raise ModelUnusable(f"{file} is damaged: fetch the model again")
     _check_supported(config)
     return config
 
 
-def _check_supported(config: PretrainedConfig) -> None:
-    def get(name: str, default: Any = None) -> Any:
-        return getattr(config, name, default)
-
-    rope = get("rope_parameters") or {}
-    window = get("sliding_window") is not None and get("use_sliding_window", True)
-    layer_types = set(get("layer_types") or ())
+def _check_supported(config: dict[str, Any]) -> None:
+    kind = config.get("model_type")
+    # Mistral's window is on unless it is written as null; Qwen's is off unless it is switched on.
+    window = config.get("sliding_window", 4096 if kind == "mistral" else None) is not None
+    if kind in {"qwen2", "qwen3"}:
+        window = window and bool(config.get("use_sliding_window", False))
+    other_layers = set(config.get("layer_types") or ()) - {"full_attention"}
+    caps = config.get("attn_logit_softcapping") or config.get("final_logit_softcapping")
+    rope = read_rope(config)
     refusals = (
-        (get("is_encoder_decoder"), "is an encoder-decoder"),
-        (config.model_type not in MODEL_TYPES, "is not of the Llama family"),
-        (window or layer_types - {"full_attention"}, "has layers without full attention"),
-        (get("attn_logit_softcapping") or get("final_logit_softcapping"), "caps its logits"),
-        (get("quantization_config"), "is stored quantised"),
-        (get("hidden_act") != "silu", f"has the activation {get('hidden_act')}"),
-        (
-            rope.get("rope_type", "default") not in ROPE_TYPES,
-            "has a rotation that changes with length",
-        ),
+        (config.get("is_encoder_decoder") or kind in {"t5", "bart"}, "is an encoder-decoder"),
+        (kind not in MODEL_TYPES, "is not of the Llama family"),
+        (window or other_layers, "has layers without full attention"),
+        (caps, "caps its logits"),
+        (config.get("quantization_config"), "is stored quantised"),
+        (config.get("hidden_act", "silu") != "silu", "has another activation than silu"),
+        (rope["rope_type"] not in ROPE_TYPES, "has a rotation that changes with length"),
         (rope.get("partial_rotary_factor", 1) != 1, "rotates a part of each head only"),
     )
     for refused, reason in refusals:
         if refused:
             message = (
-                f"the model (type {config.model_type}) {reason}, which the torch engine cannot "
+                f"the model (type {kind}) {reason}, which the torch engine cannot "
                 f"run exactly: it runs {', '.join(sorted(MODEL_TYPES))} with full attention"
             )
             raise ModelUnusable(message)
 
 
-def read_shape(config: PretrainedConfig) -> Shape:
-    """The sizes in a configuration."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shape = Shape(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=head_dim,
-        vocabulary=config.vocab_size,
-        positions=config.max_position_embeddings,
-        norm_epsilon=config.rms_norm_eps,
-        tied_head=bool(config.tie_word_embeddings),
-    )
+def read_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of the rotation, in today's form and with their defaults.
+
+    Folders from before transformers 5 have ``rope_theta`` beside ``rope_scaling``.
+    """
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = rope.pop("type", "default")
+    rope.setdefault("rope_type", kind)
+    rope.setdefault("rope_theta", config.get("rope_theta", ROPE_THETA))
+    return rope
+
+
+def read_shape(config: dict[str, Any]) -> Shape:
+    """The sizes in a configuration. What may be absent has the family's common default.
+
+    Raises:
+        ModelUnusable: a size is missing, or they do not fit together.
+    """
+    try:
+        heads = int(config["num_attention_heads"])
+        shape = Shape(
+            layers=int(config["num_hidden_layers"]),
+            hidden=int(config["hidden_size"]),
+            intermediate=int(config["intermediate_size"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            vocabulary=int(config["vocab_size"]),
+            positions=int(config["max_position_embeddings"]),
+            norm_epsilon=float(config["rms_norm_eps"]),
+            tied_head=bool(config.get("tie_word_embeddings", False)),
+        )
+    except KeyError as error:
+        message = f"the model's configuration has no {error.args[0]}: fetch the model again"
+        raise ModelUnusable(message) from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelUnusable("the model's configuration has a size that is no number") from error
     if shape.heads % shape.kv_heads or shape.head_dim % 2:
         raise ModelUnusable("the configuration has head counts or sizes that do not divide")
     return shape
@@ -252,7 +272,7 @@ def cpu_features() -> str:
     return " ".join(sorted(features))
 
 
-def fingerprint(folder: Path, config: PretrainedConfig) -> str:
+def fingerprint(folder: Path, config: dict[str, Any]) -> str:
     """A digest over everything that the numbers depend on: 32 hexadecimal digits."""
     state = hashlib.sha256()
     for part in (
@@ -261,9 +281,9 @@ def fingerprint(folder: Path, config: PretrainedConfig) -> str:
         str(KV_DTYPE),
         torch.__version__,
         cpu_features(),
-        config.model_type,
+        str(config["model_type"]),
         repr(read_shape(config)),
-        json.dumps(config.rope_parameters, sort_keys=True),
+        json.dumps(read_rope(config), sort_keys=True),
     ):
         state.update(len(part).to_bytes(4, "little") + part.encode())
     for file in weight_files(folder):
@@ -300,7 +320,7 @@ class Llama:
             head = self._embedding
         self._head = Int8Linear.quantise([head], [None])
         weights.check_empty()
-        self._cosines, self._sines = self._rotations(config)
+        self._cosines, self._sines = _rotations(folder, read_rope(config), shape)
 
     def new_pool(self, memory_bytes: int) -> KvPool:
         """A pool of as many slots as fit the memory.
@@ -411,27 +431,6 @@ class Llama:
             down=Int8Linear.quantise([functional.pad(down, (0, pad))], [down_bias]),
         )
 
-    def _rotations(self, config: PretrainedConfig) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines of every position, ``(positions, 1, head_dim)``.
-
-        RoPE (Su et al., 2021) turns ``(a, b)`` to ``(a cos - b sin, b cos + a sin)``, where ``a``
-        and ``b`` are the halves of a head. With the sign in the table it is one rotation of the
-        head by half its size, two products and a sum.
-        """
-        rope_type = config.rope_parameters.get("rope_type", "default")
-        factor = 1.0
-        if rope_type == "default":
-            exponents = torch.arange(0, self.shape.head_dim, 2).float() / self.shape.head_dim
-            frequencies = 1.0 / (config.rope_parameters["rope_theta"] ** exponents)
-        else:
-            frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
-        angles = torch.outer(torch.arange(self.shape.positions).float(), frequencies)
-        cosines, sines = angles.cos() * factor, angles.sin() * factor
-        return (
-            torch.cat((cosines, cosines), -1).unsqueeze(1),
-            torch.cat((-sines, sines), -1).unsqueeze(1),
-        )
-
 
 SLOTS_MIN = 2
 """A path that leaves a tile in the middle needs the tile and its copy."""
@@ -450,3 +449,30 @@ def _gated(gates: Tensor) -> Tensor:
 def _in_rows(rows: Tensor, count_max: int) -> Iterator[Tensor]:
     for start in range(0, len(rows), count_max):
         yield rows[start : start + count_max]
+
+
+def _rotations(folder: Path, rope: dict[str, Any], shape: Shape) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines of every position, ``(positions, 1, head_dim)``.
+
+    RoPE (Su et al., 2021) turns ``(a, b)`` to ``(a cos - b sin, b cos + a sin)``, where ``a`` and
+    ``b`` are the halves of a head. With the sign in the table it is one rotation of the head by
+    half its size, two products and a sum.
+    """
+    factor = 1.0
+    if rope["rope_type"] == "default":
+        exponents = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
+        frequencies = 1.0 / (rope["rope_theta"] ** exponents)
+    else:
+        # The scaled kinds are transformers' own; it takes seconds to load, and most models scale
+        # nothing.
+        from transformers import AutoConfig  # noqa: PLC0415 - as above
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: PLC0415 - as above
+
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    angles = torch.outer(torch.arange(shape.positions).float(), frequencies)
+    cosines, sines = angles.cos() * factor, angles.sin() * factor
+    return (
+        torch.cat((cosines, cosines), -1).unsqueeze(1),
+        torch.cat((-sines, sines), -1).unsqueeze(1),
+    )

@@ -1,0 +1,302 @@
+"""The engine's process, for real: how it serves, how it is cancelled, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from crdt_llm.errors import EngineDied, LocalMisuse, ModelUnusable, PromptTooLong
+from crdt_llm.inference import pipe
+from crdt_llm.inference.engine import Finished, Prefilled, Sampled, SamplingParams
+from crdt_llm.inference.process import EngineProcess
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from crdt_llm.inference.engine import Engine, GenerationEvent
+
+KV_BYTES = 1 << 24
+END_SECONDS_MAX = 60  # of patience with a busy machine, before a process counts as hanging
+PROMPT = [(7 * index) % 256 for index in range(90)]
+LONG = [(11 * index) % 251 for index in range(2040)]
+
+
+async def start(model: Path) -> EngineProcess:
+    return await EngineProcess.start(model, threads=1, kv_memory_bytes=KV_BYTES)
+
+
+@pytest.fixture
+async def engine(tiny_model_dir: Path) -> AsyncIterator[EngineProcess]:
+    async with await start(tiny_model_dir) as running:
+        yield running
+
+
+async def collect(
+    engine: Engine, ids: Sequence[int], params: SamplingParams, start: int
+) -> list[GenerationEvent]:
+    return [event async for event in engine.generate(ids, params, start)]
+
+
+def sampled(events: Sequence[GenerationEvent]) -> list[int]:
+    return [event.id for event in events if isinstance(event, Sampled)]
+
+
+async def idle(engine: EngineProcess) -> pipe.Measured:
+    """Wait until nothing runs in the worker; each question is answered between two steps."""
+    while (measured := await engine.measure()).requests:
+        pass
+    return measured
+
+
+async def test_a_process_serves_replies_prefills_and_digests(engine: EngineProcess) -> None:
+    assert await engine.warm(PROMPT[:80]) == Prefilled(80, 0, 80)
+    params = SamplingParams(5, 0.7, seed=3, ignore_eos=True)
+    events = await collect(engine, PROMPT, params, len(PROMPT))
+    assert events[0] == Prefilled(90, 80, 10)
+    assert len(sampled(events)) == 5
+    assert events[-1] == Finished("length")
+    assert await engine.digest(PROMPT) == await engine.digest(PROMPT)
+    await engine.forget(PROMPT)
+    assert await engine.warm(PROMPT) == Prefilled(90, 0, 90)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+async def test_a_restart_in_mid_reply_changes_nothing(
+    tiny_model_dir: Path, temperature: float
+) -> None:
+    params = SamplingParams(24, temperature, seed=5, ignore_eos=True)
+    async with await start(tiny_model_dir) as engine:
+        uncut = await collect(engine, PROMPT, params, len(PROMPT))
+        before = await engine.digest(PROMPT + sampled(uncut))
+        fingerprint = engine.capabilities.fingerprint
+    async with await start(tiny_model_dir) as engine:
+        so_far: list[int] = []
+
+        async def read_until_it_dies() -> None:
+            async for event in engine.generate(PROMPT, params, len(PROMPT)):
+                if isinstance(event, Sampled):
+                    so_far.append(event.id)
+                if len(so_far) == 8:
+                    os.kill(engine.process_id, signal.SIGKILL)
+
+        with pytest.raises(EngineDied):
+            await read_until_it_dies()
+    assert so_far == sampled(uncut)[: len(so_far)]
+    async with await start(tiny_model_dir) as engine:
+        assert engine.capabilities.fingerprint == fingerprint
+        resumed = await collect(engine, PROMPT + so_far, params, len(PROMPT))
+        assert resumed[1:] == uncut[1 + len(so_far) :]
+        assert await engine.digest(PROMPT + sampled(uncut)) == before
+
+
+async def test_replies_side_by_side_are_those_made_alone(engine: EngineProcess) -> None:
+    asks = [(PROMPT[: 30 + 7 * n], SamplingParams(15, 0.7, seed=n)) for n in range(4)]
+    together = await asyncio.gather(
+        *(collect(engine, ids, params, len(ids)) for ids, params in asks)
+    )
+    for (ids, params), events in zip(asks, together, strict=True):
+        await engine.forget(ids[:1])
+        assert (await collect(engine, ids, params, len(ids)))[1:] == events[1:]
+
+
+async def test_closing_the_iterator_in_mid_reply_cancels(engine: EngineProcess) -> None:
+    events = engine.generate(PROMPT, SamplingParams(1900, ignore_eos=True), len(PROMPT))
+    async for event in events:
+        if isinstance(event, Sampled):
+            break
+    await events.aclose()
+    measured = await idle(engine)
+    assert measured.resident_tokens < 1000
+
+
+async def test_cancelling_in_mid_prefill_keeps_what_was_computed(engine: EngineProcess) -> None:
+    warming = asyncio.create_task(engine.warm(LONG))
+    while not (await engine.measure()).resident_tokens >= 64:
+        pass
+    warming.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await warming
+    resident = (await idle(engine)).resident_tokens
+    assert 64 <= resident < len(LONG)
+    assert resident % 64 == 0
+    assert await engine.warm(LONG) == Prefilled(len(LONG), resident, len(LONG) - resident)
+
+
+async def test_death_raises_for_every_pending_call(engine: EngineProcess) -> None:
+    endless = SamplingParams(1900, ignore_eos=True)
+    calls = [
+        asyncio.create_task(collect(engine, PROMPT, endless, len(PROMPT))),
+        asyncio.create_task(collect(engine, PROMPT[:50], endless, 50)),
+        asyncio.create_task(engine.warm(LONG)),
+    ]
+    while (await engine.measure()).requests < 3:
+        pass
+    os.kill(engine.process_id, signal.SIGKILL)
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(result) for result in results] == [EngineDied] * 3
+    with pytest.raises(EngineDied):
+        await engine.warm(PROMPT)
+    with pytest.raises(EngineDied):
+        await collect(engine, PROMPT, SamplingParams(1), 90)
+
+
+async def test_closing_raises_for_pending_calls_and_closes_once(tiny_model_dir: Path) -> None:
+    engine = await start(tiny_model_dir)
+    pending = asyncio.create_task(engine.warm(LONG))
+    while not (await engine.measure()).requests:
+        pass
+    await engine.close()
+    await engine.close()
+    with pytest.raises(EngineDied):
+        await pending
+    assert str(engine.process_id) not in children()
+
+
+async def test_a_wrong_request_fails_alone(engine: EngineProcess) -> None:
+    with pytest.raises(LocalMisuse):
+        await engine.warm([])
+    with pytest.raises(LocalMisuse):
+        await engine.warm([1, 100_000])
+    with pytest.raises(LocalMisuse):
+        await engine.warm([-1])
+    with pytest.raises(LocalMisuse):
+        await engine.forget(PROMPT, keep=90)
+    with pytest.raises(LocalMisuse):
+        await collect(engine, PROMPT, SamplingParams(1), 91)
+    with pytest.raises(PromptTooLong):
+        await engine.warm([1] * 2049)
+    assert (await engine.warm(PROMPT)).prompt == 90
+
+
+async def test_an_interrupt_of_the_terminal_is_not_for_the_engine(engine: EngineProcess) -> None:
+    os.kill(engine.process_id, signal.SIGINT)
+    assert (await engine.warm(PROMPT)).prompt == 90
+
+
+async def test_a_model_that_cannot_be_used_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnusable, match=r"config\.json is missing") as caught:
+        await start(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def children() -> set[str]:
+    """Process ids of the children that this thread has started."""
+    return set(Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split())
+
+
+async def test_a_start_that_is_cancelled_leaves_no_process(tiny_model_dir: Path) -> None:
+    before = children()
+    starting = asyncio.create_task(start(tiny_model_dir))
+    turn = asyncio.Event()
+    while children() <= before:
+        asyncio.get_running_loop().call_soon(turn.set)
+        await turn.wait()
+        turn.clear()
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert children() <= before
+
+
+def spawn_worker(model: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(  # noqa: S603 - our own module, our own argument
+        [sys.executable, "-m", "crdt_llm.inference.worker", str(model), "--threads", "1"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def read_report(worker: subprocess.Popen[bytes]) -> pipe.Report:
+    assert worker.stdout is not None
+    return pipe.decode_report(worker.stdout.read(pipe.decode_length(worker.stdout.read(4))))
+
+
+def test_the_worker_ends_when_its_input_closes_even_while_it_computes(
+    tiny_model_dir: Path,
+) -> None:
+    with spawn_worker(tiny_model_dir) as worker:
+        assert worker.stdin is not None
+        assert isinstance(read_report(worker), pipe.Ready)
+        endless = SamplingParams(1900, ignore_eos=True)
+        worker.stdin.write(pipe.encode(pipe.Generate(0, pipe.pack_ids(PROMPT), 90, endless)))
+        worker.stdin.flush()
+        assert isinstance(read_report(worker), pipe.Event)
+        worker.stdin.close()
+        assert worker.wait(END_SECONDS_MAX) == 0
+
+
+def test_the_worker_ends_when_its_input_closes_while_it_loads(tiny_model_dir: Path) -> None:
+    with spawn_worker(tiny_model_dir) as worker:
+        assert worker.stdin is not None
+        worker.stdin.close()
+        assert worker.wait(END_SECONDS_MAX) == 0
+
+
+def test_bytes_that_are_no_command_end_the_worker_with_a_word(tiny_model_dir: Path) -> None:
+    with spawn_worker(tiny_model_dir) as worker:
+        assert worker.stdin is not None
+        assert worker.stderr is not None
+        worker.stdin.write(b"\x02\x00\x00\x00\xc1\xc1")
+        worker.stdin.flush()
+        assert worker.wait(END_SECONDS_MAX) == 3
+        assert b"no message" in worker.stderr.read()
+
+
+PARENT = """
+    import asyncio, sys
+    from pathlib import Path
+    from crdt_llm.inference.process import EngineProcess
+
+    async def main() -> None:
+        engine = await EngineProcess.start(
+            Path(sys.argv[1]), threads=1, kv_memory_bytes=int(sys.argv[2])
+        )
+        warming = asyncio.create_task(engine.warm([index % 251 for index in range(2040)]))
+        while not (await engine.measure()).requests:
+            pass
+        print(engine.process_id, flush=True)
+        await warming
+
+    asyncio.run(main())
+"""
+
+
+def test_the_worker_ends_when_its_parent_is_killed_in_mid_prefill(tiny_model_dir: Path) -> None:
+    with subprocess.Popen(  # noqa: S603 - the program above
+        [sys.executable, "-c", textwrap.dedent(PARENT), str(tiny_model_dir), str(KV_BYTES)],
+        stdout=subprocess.PIPE,
+    ) as parent:
+        assert parent.stdout is not None
+        worker = os.pidfd_open(int(parent.stdout.readline()))
+        parent.kill()
+        parent.wait(END_SECONDS_MAX)
+        # The descriptor of a process becomes readable when the process has ended.
+        ended, _, _ = select.select([worker], [], [], END_SECONDS_MAX)
+        os.close(worker)
+        assert ended
+
+
+def open_files(process: str) -> set[Path]:
+    return {link.readlink() for link in Path(f"/proc/{process}/fd").iterdir()}
+
+
+async def test_the_worker_inherits_nothing_but_its_pipes(tiny_model_dir: Path) -> None:
+    lock, other_end = os.pipe()
+    os.set_inheritable(lock, True)
+    before = open_files("self")
+    async with await start(tiny_model_dir) as engine:
+        standard_error = Path("/proc/self/fd/2").readlink()  # noqa: ASYNC240 - no disk is behind it
+        assert open_files(str(engine.process_id)) & before <= {standard_error}
+    os.close(lock)
+    os.close(other_end)
