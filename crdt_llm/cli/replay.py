@@ -41,7 +41,7 @@ async def _replay(
     vocabulary = Vocabulary.load(model_dir)
     renderer = Renderer.learn(model_dir, vocabulary)
     sealer = Sealer(load_or_create_secret(key), os.urandom)
-    transcript = Transcript(conversation, renderer, vocabulary, sealer)
+    transcript = Transcript(conversation, renderer, sealer)
     engine = await EngineProcess.start(model_dir)
     try:
         path = conversation.view()

@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from crdt_llm.errors import LocalMisuse
@@ -36,6 +37,15 @@ KV_DTYPE = torch.bfloat16
 """What keys and values are kept in: half the memory of float32, and as fast in the kernel."""
 
 
+def _lazy_zeros(*shape: int) -> torch.Tensor:
+    """Zeroed memory that the system maps when it is first touched.
+
+    numpy asks for it with ``calloc``; ``torch.zeros`` writes every byte, which for the whole budget
+    takes seconds and makes it resident at once.
+    """
+    return torch.from_numpy(np.zeros(shape, np.uint16)).view(KV_DTYPE)
+
+
 class KvPool:
     """The rows of every slot: keys and values of all layers, and the last hidden state.
 
@@ -51,9 +61,8 @@ class KvPool:
     """
 
     def __init__(self, count: int, layers: int, kv_heads: int, head_dim: int, hidden: int) -> None:
-        # Zeroed memory is mapped lazily by the system: a slot costs nothing until it is used.
-        self.kv = torch.zeros(count, layers, 2 * kv_heads, TILE, head_dim, dtype=KV_DTYPE)
-        self.hidden = torch.zeros(count, TILE, hidden, dtype=KV_DTYPE)
+        self.kv = _lazy_zeros(count, layers, 2 * kv_heads, TILE, head_dim)
+        self.hidden = _lazy_zeros(count, TILE, hidden)
         self.kv_heads = kv_heads
 
     @staticmethod

@@ -213,7 +213,7 @@ class Desk:
             _client_id(outside.random), seal_client_id=_client_id(outside.random)
         )
         sealer = shared.identity.sealer
-        transcript = Transcript(conversation, shared.renderer, shared.vocabulary, sealer)
+        transcript = Transcript(conversation, shared.renderer, sealer)
         work = _Work(conversation, transcript, seat)
         conversation.subscribe(lambda change: self._note(work, change))
         sender = asyncio.create_task(self._send(work), name=f"outbox {self._id}")
@@ -541,10 +541,9 @@ class Desk:
         async for event in events:
             match event:
                 case Prefilled(prompt, reused, _):
-                    opening = (reply.slot, len(reply.hidden.injected))
-                    work.account.computed((*running.path, opening), reused=reused, prompt=prompt)
-                    names = (name for name, _ in (*running.path, opening))
-                    reply.prefilled += work.account.charge(names)
+                    path = (*running.path, _opening(running))
+                    work.account.computed(path, reused=reused, prompt=prompt)
+                    reply.prefilled += work.account.charge(name for name, _ in path)
                 case Sampled(token, logprob):
                     now = clock_ms()
                     if reply.feed(token, logprob, now):
@@ -712,6 +711,12 @@ def _describe(error: Exception) -> tuple[str, str]:
         LocalMisuse: "bad-request",
     }
     return codes.get(type(error), "failed"), str(error)
+
+
+def _opening(running: _Running) -> tuple[str, int]:
+    """A reply's opening as a part of a path: every reply behind one parent has the same."""
+    parent = running.path[-1][0] if running.path else ""
+    return f"{parent}/opening", len(running.reply.hidden.injected)
 
 
 def _ended(reply: Reply, end_ids: frozenset[int]) -> str | None:

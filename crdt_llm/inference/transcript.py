@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from crdt_llm.document.schema import Entry
     from crdt_llm.document.seal import Sealer
     from crdt_llm.inference.prompt import Renderer
-    from crdt_llm.inference.tokens import Vocabulary
 
 NO_PARENT: Final = ParentTail(is_reply=False)
 
@@ -33,7 +32,6 @@ class Transcript:
     Args:
         conversation: the replica to read.
         renderer: turns roles and texts into ids.
-        vocabulary: encodes the text of replies that were made with another vocabulary.
         sealer: opens the ids of replies that this process did not make.
     """
 
@@ -41,12 +39,10 @@ class Transcript:
         self,
         conversation: Conversation,
         renderer: Renderer,
-        vocabulary: Vocabulary,
         sealer: Sealer,
     ) -> None:
         self._conversation = conversation
         self._renderer = renderer
-        self._vocabulary = vocabulary
         self._sealer = sealer
         self._segments: dict[str, tuple[int, ...]] = {}
         self._hidden: dict[str, Hidden] = {}
@@ -144,7 +140,7 @@ class Transcript:
             hidden = None if entry.redacted else self.hidden(entry)
             if hidden is not None:
                 return hidden.ids
-            return (*self.opening(entry, parent), *self._vocabulary.encode_text(content))
+            return (*self.opening(entry, parent), *self._renderer.reply_text(content))
         return self._renderer.segment(
             role=entry.born.role.value,
             content=content,
