@@ -410,8 +410,10 @@ class SqliteLog:
     def _drain(self) -> None:
         """Commit one batch. What came in meanwhile is the next one's, after others' turn."""
         try:
-            self._commit(self._take_batch())
-            self._checkpoint_if_due()
+            batch = self._take_batch()
+            if batch:  # else close() was faster
+                self._commit(batch)
+                self._checkpoint_if_due()
         except Exception:
             # Every outcome has been handed out; what is left is a bug or a test's fault.
             logger.exception("%s: after a commit", self._path)
@@ -422,7 +424,7 @@ class SqliteLog:
                     self._writer.submit(self._drain)
 
     def _take_batch(self) -> list[_Append]:
-        """Take what shares the next commit: at least one append, then as many as the limits let."""
+        """Take what shares the next commit: one append, then as many as the limits let."""
         batch: list[_Append] = []
         updates = 0
         update_bytes = 0
@@ -441,8 +443,6 @@ class SqliteLog:
 
     def _commit(self, batch: Sequence[_Append]) -> None:
         """Commit a batch and hand out its outcome, whatever it is."""
-        if not batch:
-            return
         outcome: Sequence[int] | CrdtLlmError
         try:
             outcome = self._insert(batch)
@@ -573,6 +573,7 @@ class SqliteLog:
 
     def _undo(self, connection: sqlite3.Connection, *, committing: bool) -> None:
         """Take a failed transaction back, so that it stays without effect also after a crash."""
+        # What the failed commit left is read anew, not assumed.
         self._heads.clear()
         try:
             # After some errors (a full disk) SQLite has already rolled back.
