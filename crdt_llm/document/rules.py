@@ -301,8 +301,9 @@ class _Check:
 
     def _collect_new(self, one: _Touched, edit: Edit) -> None:
         """E2, E5, E6: the root of entries only ever gains canonical ids."""
-        _need(edit.action != "delete", "frozen", "an entry is never deleted, only redacted")
-        _need(edit.action == "add", "frozen", "an entry is never replaced")
+        _need(
+            edit.action == "add", "frozen", "an entry is never replaced or deleted, only redacted"
+        )
         _need(is_entry_id(edit.key), "born", "an entry's id is a ULID in canonical form")
         if edit.shared != "map":
             raise Refused("schema", "an entry is a Y.Map")
@@ -352,7 +353,6 @@ class _Check:
         unknown = set(value) - _BORN_KEYS
         _need(not unknown, "born", f"born has no {min(unknown, default='')!r}")
         forms = (
-            text(value.get("author"), PRINCIPAL_CHARACTERS_MAX) is not None,
             text(value.get("device"), PRINCIPAL_CHARACTERS_MAX) is not None,
             whole(value.get("at"), 0) is not None,
             value.get("mode") in ("continue", "fork"),
@@ -502,7 +502,6 @@ class _Check:
         if place is None or set(value) != {"parent", "epoch"}:
             raise Refused("place", "a place is a parent and an epoch")
         _need(tree.is_admitted(place.parent), "place", "a parent is admitted before its children")
-        _need(tree.is_admitted(entry), "place", "a place leads to the root")
         _need(
             self._conversation.lease(place.epoch) is not None,
             "place",
@@ -556,7 +555,6 @@ class _Check:
         if not grew and "sealed" not in written:
             return
         state = self._conversation.state(one.id)
-        _need(slot, "growth", "only a reply grows")
         _need(
             state is State.STREAMING or (state in ENDED and "state" in written),
             "growth",

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from pycrdt import Array, Doc, Map, Text, XmlFragment
+from pycrdt import Array, Doc, Map, Text, XmlFragment, merge_updates
 
 from crdt_llm.document import rules
 from crdt_llm.document.conversation import ROOTS, Conversation
@@ -241,6 +241,7 @@ def unborn(*, schema: Any = 1, birth: Any = BIRTH.plain(), **more: Any) -> Write
 
 
 NOTHING = b"\x00\x00"
+BARE = merge_updates(STATE, Raw(STATE).update(lambda raw: drop(raw[GONE], "content")))
 OTHERS = {"owner": "olga", "nonce": b"m" * 16}
 
 WELL_BORN: list[dict[str, Any]] = [
@@ -283,6 +284,8 @@ ILL_BORN: list[dict[str, Any]] = [
     {"after": ASK.lower()},
     {"covers": [USER]},
     {"covers": "all"},
+    {"covers": [USER, "all"]},
+    {"covers": {USER: 1, REPLY: 1}},
     {"colour": "red"},
 ]
 
@@ -299,6 +302,8 @@ ILL_ASKED: list[Any] = [
     {"seed": 2**53},
     {"stop": "\n"},
     {"stop": [""]},
+    {"stop": ""},
+    {"extend": 0},
     {"stop": ["x"] * 17},
     {"stop": ["x" * 201]},
     {"ignore_eos": 1},
@@ -387,6 +392,7 @@ CASES = [
     Case("C5 a right that is no text", OLGA, lambda r: put(r.access, stan=["owner"]), "access"),
     Case("C5 the birth's owner lowered", OLGA, lambda r: put(r.access, olga="reader"), "access"),
     Case("C5 a name too long", OLGA, lambda r: put(r.access, **{"x" * 201: "reader"}), "access"),
+    Case("C5 no name", OLGA, lambda r: put(r.access, **{"": "reader"}), "schema"),
     Case("C5 a shared right", OLGA, lambda r: put(r.access, stan=Text("reader")), "schema"),
     # Rule C6, leases
     Case("C6 the node records one", NODE, lambda r: put(r.leases, **{"2": LEASE})),
@@ -399,6 +405,16 @@ CASES = [
     ),
     Case("C6 an epoch out of reach", NODE, lambda r: put(r.leases, **{"9" * 16: LEASE}), "leases"),
     Case("C6 a short key", NODE, lambda r: put(r.leases, **{"2": LEASE | {"node": b""}}), "leases"),
+    Case(
+        "C6 a lease with more", NODE, lambda r: put(r.leases, **{"2": LEASE | {"x": 1}}), "leases"
+    ),
+    Case("C6 no map", NODE, lambda r: put(r.leases, **{"2": ["node", "signature"]}), "leases"),
+    Case(
+        "C6 a short signature",
+        NODE,
+        lambda r: put(r.leases, **{"2": LEASE | {"signature": b"s"}}),
+        "leases",
+    ),
     Case("C6 a shared lease", NODE, lambda r: put(r.leases, **{"2": Map(LEASE)}), "schema"),
     # Rule C7, nothing beside the schema
     Case("C7 a field", WILL, lambda r: put(r[ASK], stars=5), "schema"),
@@ -496,6 +512,7 @@ CASES = [
         "E5 placed again", NODE, lambda r: put(r[USER], place={"parent": "", "epoch": 1}), "frozen"
     ),
     Case("E5 proved again", NODE, lambda r: put(r[USER], proof=PROOF.plain()), "frozen"),
+    Case("E5 a text given back later", WILL, sets(GONE, "content", "x"), "frozen", BARE),
     Case("E5 salted again", NODE, lambda r: put(r[USER], salt=SALT), "frozen"),
     Case("E5 counted again", NODE, lambda r: put(r[REPLY], usage={}), "frozen"),
     Case("E5 a reply opened again", NODE, lambda r: put(r[OPEN], content=Text("Hi")), "frozen"),
@@ -535,6 +552,7 @@ CASES = [
         lambda r: put(r[ASK], redacted={"by": "will", "at": 1, "why": "x"}),
         "redacted",
     ),
+    Case("E8 at a wrong time", WILL, sets(ASK, "redacted", {"by": "will", "at": "x"}), "redacted"),
     Case("E8 a mere word", WILL, lambda r: put(r[ASK], redacted=True), "redacted"),
     # Rule E7, stop
     Case("E7 a running reply", WILL, lambda r: put(r[OPEN], stop="will")),
@@ -766,6 +784,15 @@ def test_rule(case: Case) -> None:
         assert isinstance(refused.value, TooLarge) == (case.code == "too-large")
 
 
+def test_a_conversation_has_so_many_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    update = Raw(STATE).update(add)
+    monkeypatch.setattr(rules, "ENTRIES_MAX", 8)
+    judge(STATE, update, WILL)
+    monkeypatch.setattr(rules, "ENTRIES_MAX", 7)
+    with pytest.raises(TooLarge):
+        judge(STATE, update, WILL)
+
+
 def test_every_rule_is_accepted_and_refused_by_some_case() -> None:
     stated = set(re.findall(r"^\* ([CEN][0-9])", rules.__doc__ or "", flags=re.MULTILINE))
     assert stated
@@ -802,7 +829,7 @@ class Honest(RuleBasedStateMachine):
         self.ids = 0
 
     def _replica(self) -> Conversation:
-        self.ids = getattr(self, "ids", 0) + 2
+        self.ids += 2
         return Conversation(100 + self.ids, seal_client_id=101 + self.ids)
 
     def write(self, author: Author, write: Callable[[Writer], None]) -> None:
@@ -829,6 +856,7 @@ class Honest(RuleBasedStateMachine):
             event("overtaken by a withdrawal")
             self.replicas[author] = self._replica()
             self.seen[author] = 0
+            self.catch_up(author, len(self.log))
         else:
             self.log.append(update)
 
