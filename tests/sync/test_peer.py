@@ -3,12 +3,14 @@ from __future__ import annotations
 from random import Random
 from typing import TYPE_CHECKING
 
+import pytest
 from sync.device import CONVERSATION, Device
 from sync.rooms import Place, born, turns
 
 from crdt_llm.document.schema import Grant
 from crdt_llm.errors import Refused, Stopping
 from crdt_llm.sync import outbox as outbox_module
+from crdt_llm.sync import room as room_module
 from crdt_llm.sync.peer import RemotePeer
 from crdt_llm.sync.verdict import CLOSE_REASON_BYTES_MAX, CloseCode
 from crdt_llm.sync.wire import (
@@ -25,8 +27,6 @@ from crdt_llm.sync.wire import (
 )
 
 if TYPE_CHECKING:
-    import pytest
-
     from crdt_llm.sync.wire import Message
 
 
@@ -138,7 +138,11 @@ async def test_a_refusal_reaches_the_client_and_nobody_else() -> None:
     assert other.device.texts == []
 
 
-async def test_what_waited_behind_a_refused_update_is_never_looked_at() -> None:
+@pytest.mark.parametrize("batch", [1, 64])
+async def test_what_waited_behind_a_refused_update_is_never_looked_at(
+    monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    monkeypatch.setattr(room_module, "BATCH_UPDATES_MAX", batch)
     place = Place()
     await born(place)
     hostile = await connected(place, 1)
@@ -146,8 +150,12 @@ async def test_what_waited_behind_a_refused_update_is_never_looked_at() -> None:
     hostile.device.entitle("blocks the turn")
     await hostile.up()
     hostile.device.forge()
-    hostile.device.entitle("fine by itself")
     await hostile.up()
+    other = Device(Random(9))
+    other.merge(hostile.device.written[0])
+    other.merge(place.hub._rooms[CONVERSATION]._loaded_replica().diff())
+    await hostile.peer.receive(encode(SyncUpdate(other.entitle("fine by itself"))))
+    await turns()
     place.gate.set()
     await turns()
     assert place.durable == 2
