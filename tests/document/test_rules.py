@@ -825,8 +825,8 @@ class Honest(RuleBasedStateMachine):
         self.relay = Conversation(1)
         self.log: list[bytes] = []
         self.seen = dict.fromkeys((OLGA, WILL, NODE), 0)
+        self.ids = 0  # of entries and of clients
         self.replicas = {author: self._replica() for author in self.seen}
-        self.ids = 0
 
     def _replica(self) -> Conversation:
         self.ids += 2
