@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 NAME_CHARACTERS_MAX: Final = 40  # a name stands before every entry; it must not push the text away
 WAITING_MAX: Final = 5  # entries below a streaming one that are shown with one line each
 
-_DIVERGED: Final = "-- from here on the conversation reads: --"
-
 
 @dataclass(frozen=True, slots=True)
 class _Printed:
@@ -64,7 +62,7 @@ class Scroll:
         is printed. If something on paper is not so any more, the view is printed anew from there.
         """
         same = self._common(entries)
-        lines = [_DIVERGED] if any(printed.lines for printed in self._printed[same:]) else []
+        lines = self._correction(same, len(entries))
         del self._printed[same:]
         number = same
         if self._printed and not self._printed[-1].closed:
@@ -87,6 +85,16 @@ class Scroll:
             if text != printed.text and (printed.closed or not text.startswith(printed.text)):
                 return number
         return len(self._printed)
+
+    def _correction(self, same: int, entries: int) -> list[str]:
+        """What to say before some of what is on paper is printed anew, or is gone."""
+        if not any(printed.lines for printed in self._printed[same:]):
+            return []
+        if same < entries:
+            return [f"-- from [{same + 1}] on the conversation reads: --"]
+        return [
+            f"-- the conversation ends with [{same}] now --" if same else "-- it is empty now --"
+        ]
 
     def _print(self, number: int, entry: Entry) -> list[str]:
         text, closed = self._text(number, entry), is_final(entry)

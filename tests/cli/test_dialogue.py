@@ -11,6 +11,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from crdt_llm.cli.chat import Wish, choose
+from crdt_llm.cli.commands import COMMANDS
 from crdt_llm.cli.connection import door_to
 from crdt_llm.cli.dialogue import INTERRUPTED, Dialogue, wrap
 from crdt_llm.document.schema import Role
@@ -249,7 +250,7 @@ async def test_edit_makes_a_branch_and_looks_at_it(sitting: Sitting) -> None:
     sitting.type("Hi")
     await sitting.until("[2]")
     sitting.type("/edit 1 Hello instead")
-    await sitting.until("from here on")
+    await sitting.until("-- from [1] on")
     assert await sitting.until("[1]") == "[1] you: Hello instead"
     assert await sitting.until("[2]") == "[2] assistant: The second line."
     sitting.type("/branches")
@@ -334,9 +335,10 @@ async def test_mistakes_are_told_and_change_nothing(sitting: Sitting) -> None:
 
 async def test_every_command_of_the_help_is_carried_out(sitting: Sitting) -> None:
     await sitting.sit_down()
-    sitting.type("/help")
-    await sitting.until("/quit")
-    await sitting.leave()
+    for name, form in COMMANDS.items():
+        if name != "quit":
+            sitting.type(" ".join([f"/{name}", *["x"] * form.least]))
+    assert await sitting.leave() == 0
 
 
 # -- rows ------------------------------------------------------------------------------------------
