@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from document import make_view_vectors
 from document.naive_view import NaiveView
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -266,6 +268,31 @@ def test_example(rule: str) -> None:
 
 def test_every_rule_has_an_example() -> None:
     assert {name.split()[0] for name in EXAMPLES} == {f"R{number}" for number in range(1, 9)}
+
+
+def test_the_vectors_for_other_languages() -> None:
+    assert make_view_vectors.FILE.read_text(encoding="utf-8") == make_view_vectors.vectors()
+    cases = json.loads(make_view_vectors.vectors())["cases"]
+    assert len(cases) == make_view_vectors.CASES
+    for case in cases:
+        tree = Tree(
+            Facts(
+                id=one["id"],
+                clock=one["clock"],
+                slot=one["slot"],
+                fork=one["mode"] == "fork",
+                after=one["after"],
+                parent=one["place"] and one["place"]["parent"],
+                epoch=one["place"]["epoch"] if one["place"] else 0,
+                ended=one["ended"],
+            )
+            for one in case["entries"]
+        )
+        assert {head: list(tree.view(head)) for head in case["views"]} == case["views"]
+        assert list(tree.pending) == case["pending"]
+        assert [entry for entry in sorted(tree.entries) if tree.is_end(entry)] == case["ends"]
+        admitted = [entry for entry in sorted(tree.entries) if tree.is_admitted(entry)]
+        assert admitted == case["admitted"]
 
 
 # -- size --------------------------------------------------------------------------------------
