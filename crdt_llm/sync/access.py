@@ -103,7 +103,8 @@ def may_connect(origin: str | None, host: str | None, allowed: frozenset[str]) -
         page = urlsplit(origin)
         port = page.port or _DEFAULT_PORTS.get(page.scheme)
         here = urlsplit(f"//{host or ''}")
-        same = page.hostname == here.hostname and port in (here.port, here.port or port)
+        ports = {here.port} if here.port else set(_DEFAULT_PORTS.values())
+        same = page.hostname == here.hostname and port in ports
     except ValueError:
         return False
     if page.scheme not in _DEFAULT_PORTS or not page.hostname:

@@ -56,6 +56,10 @@ _library_logger.setLevel(logging.CRITICAL + 1)
 TICK_S: Final = 5.0
 """How often what expired is let go: a sixth of the time after which presence expires."""
 
+FRAMES_PER_TURN: Final = 8
+"""Frames of one connection that are taken without letting others go on: a small read from the
+socket may hold a thousand of them."""
+
 _PAGE: Final = """<!doctype html>
 <meta charset="utf-8"><title>crdt-llm</title>
 <h1>crdt-llm</h1>
@@ -185,7 +189,10 @@ class Relay:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self._hub.tick()
+            try:
+                self._hub.tick()
+            except Exception as failure:  # noqa: BLE001 - the next one may work
+                logger.error("what expired stays: %s", _one_line(failure))  # noqa: TRY400 - one line
 
     # -- plain HTTP ----------------------------------------------------------------------------
 
@@ -264,11 +271,15 @@ class Relay:
                 peer.refuse(AuthenticationFailed("unauthenticated", "a valid token is needed"))
             else:
                 await self._enter(unquote(path[1:]), peer)
+            taken = 0
             async for message in socket:
+                taken += 1
                 if isinstance(message, str):
                     peer.refuse(MalformedMessage("this protocol has no text frames"))
                 else:
                     await peer.receive(message)
+                if taken % FRAMES_PER_TURN == 0:
+                    await asyncio.sleep(0)
         finally:
             peer.leave()
             sending.cancel()

@@ -302,6 +302,7 @@ class Room:
         seat = self._seats.pop(peer, None)
         if seat is None:
             return
+        logger.debug("conversation %s: %s went", self.id, peer.author.principal)
         seat.is_gone = True
         seat.has_space.set()
         self.share_presence(self.awareness.leave(peer))
@@ -384,7 +385,9 @@ class Room:
         except CrdtLlmError as failure:
             logger.error("conversation %s: %s", self.id, reason_of(failure))  # noqa: TRY400 - one line an error
             error = failure
-        except Exception as failure:  # noqa: BLE001 - a fault of ours ends this room, no other
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as failure:  # noqa: BLE001 - ours or the library's: it ends this room
             logger.critical("conversation %s: %s", self.id, _one_line(failure))
             error = CrdtLlmError("something went wrong here: try again later")
             error.__cause__ = failure
@@ -440,10 +443,8 @@ class Room:
             verdict = None if seat in batch.refused else await self._judge(seat, submission, batch)
             batch.settled.append((seat, submission, verdict))
             if isinstance(verdict, Denied):
-                log_id = submission.peer.author.principal
-                logger.info(
-                    "conversation %s refused %s: %s", self.id, log_id, reason_of(verdict.error)
-                )
+                principal, why = submission.peer.author.principal, reason_of(verdict.error)
+                logger.info("conversation %s: %s was refused: %s", self.id, principal, why)
                 if not submission.peer.survives_refusal:
                     batch.refused[seat] = None
             taken_bytes += len(submission.update)
@@ -609,6 +610,7 @@ class Room:
                 waiter.set_exception(_stranger())
                 continue
             seat = self._seats[peer] = _Seat(peer)
+            logger.debug("conversation %s: %s came", self.id, peer.author.principal)
             self._call(seat, peer.entered, self)
             waiter.set_result(None)
 

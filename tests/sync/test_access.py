@@ -84,6 +84,8 @@ def test_only_the_token_is_the_token() -> None:
         ("https://allowed.example", "127.0.0.1:8765", True),
         ("https://evil.example", "127.0.0.1:8765", False),
         ("http://relay.example:1", "relay.example:8765", False),
+        ("http://relay.example:1", "relay.example", False),
+        ("http://relay.example", "relay.example:8765", False),
         ("https://relay.example.evil", "relay.example", False),
         ("https://localhost.evil.example", "127.0.0.1", False),
         ("http://127.0.0.1.evil.example", "127.0.0.1", False),

@@ -21,6 +21,8 @@ from crdt_llm.sync.relay import Limits, Relay
 from crdt_llm.sync.verdict import CloseCode
 from crdt_llm.sync.wire import (
     AuthDenied,
+    AwarenessState,
+    AwarenessUpdate,
     SyncStep1,
     SyncStep2,
     SyncUpdate,
@@ -465,3 +467,34 @@ async def test_the_birth_of_another_conversation_is_refused() -> None:
         assert code == CloseCode.REFUSED
         assert "another conversation" in reason
         assert served.disk.conversations == {}
+
+
+async def test_a_flood_of_presence_does_not_keep_others_from_being_served() -> None:
+    other = Birth("owner", b"another 16 bytes")
+    async with (
+        serving() as served,
+        served.open() as one,
+        served.open(conversation_id(other)) as two,
+        served.open(conversation_id(other)) as three,
+    ):
+        await sync(one, new_device(1, born=True))
+        b, c = new_device(2), new_device(3)
+        b.give_birth(other)
+        await sync(two, b)
+        await sync(three, c)
+        sent = 0
+
+        async def flood() -> None:
+            nonlocal sent
+            while True:
+                sent += 1
+                state = AwarenessState(77, sent, '{"name":"loud"}')
+                await one.send(encode(AwarenessUpdate((state,))))
+
+        flooding = asyncio.create_task(flood())
+        for number in range(10):
+            await say(two, b, f"{number}")
+            await hear(three, c, f"{number}")
+        flooding.cancel()
+        assert sent > 10
+        assert served.hub._rooms[CONVERSATION].awareness.states

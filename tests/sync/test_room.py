@@ -449,3 +449,24 @@ async def test_a_rooms_state_is_not_read_while_some_of_it_is_not_durable() -> No
     await writing
     assert room.state_vector() == device.replica.state_vector()
     assert replayed([room.diff()]).texts == ["x"]
+
+
+async def test_a_panic_outside_the_checks_ends_only_this_room(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class PanicError(BaseException):
+        """What the library's own panics derive from."""
+
+    def panics(*_: object) -> None:
+        raise PanicError("poisoned")
+
+    place = Place()
+    owner, device = await born(place)
+    with monkeypatch.context() as patch:
+        patch.setattr(room_module, "merge", panics)
+        with pytest.raises(CrdtLlmError):
+            await owner.membership.submit(device.say("x"))
+    assert len(owner.lost) == 1
+    assert "PanicError: poisoned" in caplog.text
+    again = await place.join()
+    assert replayed([again.membership.state]).texts == ["x"]  # it was durable before
