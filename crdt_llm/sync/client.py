@@ -37,6 +37,7 @@ from crdt_llm.document.schema import (
     conversation_id,
     entry_id,
     is_conversation_id,
+    is_entry_id,
     read_params,
 )
 from crdt_llm.errors import ConnectionLost, LocalMisuse, ReplyFailed
@@ -172,7 +173,9 @@ class Reply:
         """
         document = self._conversation.document
         entry = document.entry(self.id)
-        return entry is None or entry.ended or entry.redacted or document.tree.is_end(self.id)
+        if entry is None:
+            return False  # another device asked, and it has not come here yet
+        return entry.ended or entry.redacted or document.tree.is_end(self.id)
 
     async def entry(self) -> Entry:
         """The slot once it has ended, with its state, usage and proof. Never raises for a failure.
@@ -288,8 +291,13 @@ class OpenConversation:
         return tuple(other for other in beside if other == entry or not tree.is_end(other))
 
     def reply(self, slot: str) -> Reply:
-        """The reply in a slot, e.g. one that another device asked for."""
-        if not self.entry(slot).is_slot:
+        """The reply in a slot that another device asked for, even before it has come here.
+
+        Raises:
+            LocalMisuse: that is no entry's id, or the entry is no reply.
+        """
+        found = self.document.entry(slot)
+        if not is_entry_id(slot) or (found is not None and not found.is_slot):
             raise LocalMisuse(f"entry {slot} is no reply")
         return Reply(self, slot)
 
@@ -476,7 +484,7 @@ class OpenConversation:
             slot = next((entry.id for entry in running if entry.stop is None), None)
             if slot is None:
                 return None
-        stopped = self.reply(slot).id
+        stopped = self._slot_or_last(slot).id
         await self._replica.write(lambda _, writer: writer.stop(stopped, self._client.principal))
         return stopped
 
@@ -612,7 +620,9 @@ class OpenConversation:
 
     def _slot_or_last(self, slot: str | None) -> Entry:
         if slot is not None:
-            return self.entry(self.reply(slot).id)
+            if not self.entry(slot).is_slot:
+                raise LocalMisuse(f"entry {slot} is no reply")
+            return self.entry(slot)
         last = next((entry for entry in reversed(self.view()) if entry.is_slot), None)
         if last is None:
             raise LocalMisuse(f"conversation {self.id} shows no reply yet")

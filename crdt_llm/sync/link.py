@@ -78,20 +78,20 @@ _CODED_REASON: Final = re.compile(r"([a-z][a-z0-9-]*): (.+)", re.DOTALL)
 class Count:
     """Frames and bytes one way and the other, websocket framing included, TCP and TLS not."""
 
-    frames_sent: int = 0
-    bytes_sent: int = 0
-    frames_received: int = 0
-    bytes_received: int = 0
+    sent_frames: int = 0
+    sent_bytes: int = 0
+    received_frames: int = 0
+    received_bytes: int = 0
 
     def sent(self, payload: int) -> None:
         """Count a frame with so many bytes of payload on its way out."""
-        self.frames_sent += 1
-        self.bytes_sent += framed_bytes(payload, masked=True)
+        self.sent_frames += 1
+        self.sent_bytes += framed_bytes(payload, masked=True)
 
     def received(self, payload: int) -> None:
         """Count a frame with so many bytes of payload that came in."""
-        self.frames_received += 1
-        self.bytes_received += framed_bytes(payload, masked=False)
+        self.received_frames += 1
+        self.received_bytes += framed_bytes(payload, masked=False)
 
 
 @dataclass(slots=True)

@@ -229,9 +229,9 @@ def test_traffic_is_split_by_what_a_frame_is_for() -> None:
     link.publish(UPDATE)
     link.receive(encode(SyncUpdate(UPDATE)))
     link.receive(encode(SyncStep1(NOTHING)))
-    assert traffic.sync.frames_sent == 0  # counted as they go out
+    assert traffic.sync.sent_frames == 0  # counted as they go out
     sent(link)
-    assert (traffic.sync.frames_sent, traffic.live.frames_sent) == (3, 1)
-    assert (traffic.sync.frames_received, traffic.live.frames_received) == (1, 1)
-    assert traffic.live.bytes_sent == len(encode(SyncUpdate(UPDATE))) + 6
-    assert traffic.live.bytes_received == len(encode(SyncUpdate(UPDATE))) + 2
+    assert (traffic.sync.sent_frames, traffic.live.sent_frames) == (3, 1)
+    assert (traffic.sync.received_frames, traffic.live.received_frames) == (1, 1)
+    assert traffic.live.sent_bytes == len(encode(SyncUpdate(UPDATE))) + 6
+    assert traffic.live.received_bytes == len(encode(SyncUpdate(UPDATE))) + 2
