@@ -10,7 +10,9 @@ that only ``serve`` needs.
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -68,6 +70,10 @@ def explain(error: Exception) -> tuple[str, int]:
                 f"this needs {package}, which is not installed: pip install 'crdt-llm[inference]'",
                 FAILED,
             )
+    if isinstance(error, OSError) and error.strerror:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        taken = error.errno == errno.EADDRINUSE
+        return what + (": stop the program that has it, or choose --port" if taken else ""), FAILED
     return (
         f"unexpected {type(error).__name__}: {error} (--verbose shows where; please report it)",
         FAILED,
@@ -122,7 +128,12 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help; and the library behind it takes long to load
     pretty_exceptions_enable=False,
 )
-model_app = typer.Typer(help="Models on this machine.", no_args_is_help=True, rich_markup_mode=None)
+model_app = typer.Typer(
+    help="Models on this machine.",
+    epilog="Example: crdt-llm model fetch",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 app.add_typer(model_app, name="model")
 
 _Data = Annotated[
@@ -266,7 +277,7 @@ def inspect(
     _exit(run_inspect(question, folder=folder, url=url, token_file=token_file))
 
 
-@app.command(cls=Command, epilog="Example: crdt-llm replay AbC3…")
+@app.command(cls=Command, epilog="Example: crdt-llm replay --json")
 def replay(
     conversation: Annotated[
         str | None,
@@ -316,8 +327,19 @@ def _log(*, verbose: bool) -> None:
         logger.addHandler(logging.NullHandler())
         logger.propagate = False
         return
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(format=form, stream=_StandardError())
     logger.setLevel(logging.DEBUG)
+
+
+class _StandardError:
+    """Standard error as it is now: a prompt replaces it, so that logs do not write across."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def _exit(code: int) -> NoReturn:
@@ -326,7 +348,14 @@ def _exit(code: int) -> NoReturn:
 
 def main() -> NoReturn:
     """Run the process's command line, and end the process."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has left, as `head` does. The interpreter would complain when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FAILED
+    sys.exit(code)
 
 
 def run(words: Sequence[str]) -> int:

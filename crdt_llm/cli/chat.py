@@ -86,6 +86,8 @@ def run_chat(  # noqa: PLR0913 - what the command's options say
         return 0
     if wish.new and wish.conversation is not None:
         raise LocalMisuse("--new begins a conversation: leave the id out, or --new")
+    if sys.stdin is None:  # as the interpreter says that it was closed
+        raise LocalMisuse("standard input is closed: pipe a message in, or run it in a terminal")
     message = None if sys.stdin.isatty() else read_message(sys.stdin.buffer)
     return asyncio.run(
         _chat(wish, message, home=home, device=device, url=url, tokens=token_file or folder.token)

@@ -180,11 +180,11 @@ class Dialogue:
     async def _loop(self) -> int:
         while True:
             line = await self._next_line()
-            if line is None:
-                return 0
             try:
-                wish = commands.parse(line)
+                wish = Do("quit") if line is None else commands.parse(line)
                 if wish == Do("quit"):
+                    # The prompt goes, and with it what stood above it.
+                    await self._terminal.show(self._scroll.live)
                     return 0
                 await self._obey(wish)
             except CrdtLlmError as error:

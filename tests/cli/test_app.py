@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import asyncio
+import errno
+import os
 import signal
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -96,6 +100,9 @@ def _failing(monkeypatch: pytest.MonkeyPatch, failure: BaseException) -> None:
         (ModelUnusable("it is\nbroken"), commands.FAILED, "crdt-llm: it is broken"),
         (LocalMisuse("written otherwise"), commands.USAGE, "crdt-llm: written otherwise"),
         (ZeroDivisionError("by zero"), commands.FAILED, "ZeroDivisionError: by zero"),
+        (OSError(errno.EADDRINUSE, "address in use"), commands.FAILED, "choose --port"),
+        (PermissionError(13, "Denied", "/x/y"), commands.FAILED, "crdt-llm: /x/y: Denied"),
+        (OSError("no number"), commands.FAILED, "unexpected OSError: no number"),
         (ModuleNotFoundError("no", name="torch._C"), commands.FAILED, "crdt-llm[inference]"),
         (ModuleNotFoundError("no", name="crdt_llm.x"), commands.FAILED, "ModuleNotFoundError"),
     ],
@@ -196,3 +203,29 @@ async def test_ctrl_c_ends_a_waiting_chat_with_130_and_without_a_word(tmp_path: 
         process.send_signal(signal.SIGINT)
         done = await shell.finish(process)
     assert (done.code, done.out, done.err) == (130, "", "")
+
+
+async def test_a_reader_that_leaves_is_no_reason_to_complain(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "crdt_llm", "chat", "--list", "--json", "--data", str(tmp_path),
+        stdout=writing,
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    os.close(writing)
+    _, complaint = await process.communicate()
+    assert (process.returncode, complaint) == (commands.FAILED, b"")
+
+
+async def test_verbose_logs_to_standard_error(tmp_path: Path) -> None:
+    async with Server(tmp_path, ["Hello."]) as server:
+        words = ("--url", server.url, "--data", str(server.folder.path), "--verbose")
+        await server.stop()
+        done = await shell.run("chat", *words, stdin=b"Hi\n")
+        await server.start()
+    assert done.code == commands.FAILED
+    assert "INFO crdt_llm.sync" in done.err
+    assert "Traceback" in done.err
+    token = server.folder.token.read_text().strip()
+    assert token not in done.err

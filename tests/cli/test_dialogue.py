@@ -146,6 +146,16 @@ async def test_the_end_of_input_leaves(sitting: Sitting) -> None:
     assert await sitting.task == 0
 
 
+async def test_what_is_still_written_stays_on_the_screen(sitting: Sitting) -> None:
+    sitting.server.engine.go.clear()
+    await sitting.sit_down()
+    sitting.type("Hi")
+    await sitting.prompt_with("[2] assistant: T")
+    assert await sitting.leave() == 0
+    assert any(line.startswith("[2] assistant: T") for line in sitting.screen.lines)
+    sitting.server.engine.go.set()
+
+
 async def test_ctrl_c_leaves_with_130(sitting: Sitting) -> None:
     await sitting.sit_down()
     sitting.press("half a word\x03")
