@@ -60,6 +60,11 @@ FRAMES_PER_TURN: Final = 8
 """Frames of one connection that are taken without letting others go on: a small read from the
 socket may hold a thousand of them."""
 
+READ_BYTES_MAX: Final = 8 << 10
+"""Bytes of one read from a socket. What was read is taken apart into frames in one go, some 30 us
+each, and asyncio's own 256 KiB may hold 6,000 of them: a fifth of a second in which nobody else is
+served."""
+
 _PAGE: Final = """<!doctype html>
 <meta charset="utf-8"><title>crdt-llm</title>
 <h1>crdt-llm</h1>
@@ -301,6 +306,8 @@ def _counted(limit: int) -> type[ServerConnection]:
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             nonlocal count
             count += 1
+            if hasattr(transport, "max_size"):  # asyncio's own transports; others have no such size
+                transport.max_size = READ_BYTES_MAX
             super().connection_made(transport)
             if count > limit:
                 self.transport.abort()

@@ -490,11 +490,17 @@ async def test_a_flood_of_presence_does_not_keep_others_from_being_served() -> N
                 sent += 1
                 state = AwarenessState(77, sent, '{"name":"loud"}')
                 await one.send(encode(AwarenessUpdate((state,))))
+                await asyncio.sleep(0)  # the test's own loop is the others' too
 
-        flooding = asyncio.create_task(flood())
+        async def listen() -> None:
+            async for _ in one:
+                pass
+
+        tasks = [asyncio.create_task(flood()), asyncio.create_task(listen())]
         for number in range(10):
             await say(two, b, f"{number}")
             await hear(three, c, f"{number}")
-        flooding.cancel()
+        for task in tasks:
+            task.cancel()
         assert sent > 10
         assert served.hub._rooms[CONVERSATION].awareness.states
