@@ -31,7 +31,6 @@ from crdt_llm.document.schema import (
     Role,
     is_entry_id,
     normalise,
-    read_birth,
     read_born,
     read_chunks,
     read_meta,
@@ -62,6 +61,8 @@ if TYPE_CHECKING:
 EMPTY_UPDATE: Final = b"\x00\x00"
 EMPTY_STATE_VECTOR: Final = b"\x00"
 CLIENT_ID_BITS: Final = 32  # what every Yjs implementation holds exactly
+
+HANDLES_MAX: Final = 256  # kept entries: more than ever stream at once, less than a long document
 
 META: Final = "meta"
 ACCESS: Final = "access"
@@ -304,6 +305,10 @@ class Conversation:
         self._seal_client_id = seal_client_id
         self._seal: Doc[Any] | None = None
         self._born: dict[str, Born] = {}
+        # Asking the library costs ten times an answer kept here, and the checks of each streamed
+        # token ask often. Both are forgotten when a change touches what they say.
+        self._handles: dict[str, Any] = {}  # of entries
+        self._meta: Meta | None = None
         self._listeners: list[Callable[[Change], None]] = []
         self._collected: list[Edit] = []
         self._updates: list[bytes] = []
@@ -340,6 +345,7 @@ class Conversation:
         texts: set[str] = set()
         structure: set[str] = set()
         for edit in edits:
+            self._forget(edit)
             entry = edit.entry
             if entry is None:
                 continue
@@ -356,6 +362,13 @@ class Conversation:
             for listener in tuple(self._listeners):
                 listener(change)
         return change
+
+    def _forget(self, edit: Edit) -> None:
+        """Drop what was kept of the library's answers and may be another now."""
+        if edit.root == META:
+            self._meta = None
+        elif edit.root == ENTRIES and not edit.path:
+            self._handles.pop(str(edit.key), None)
 
     def _refresh(self, entry: str) -> None:
         fields = self._fields(entry)
@@ -488,13 +501,26 @@ class Conversation:
     # -- reading -------------------------------------------------------------------------------
 
     def _fields(self, entry: str) -> Any | None:
+        fields = self._handles.get(entry)
+        if fields is not None and not self._busy:
+            return fields
         fields = self._roots[ENTRIES].get(entry)
-        return fields if isinstance(fields, Map) and is_entry_id(entry) else None
+        if not isinstance(fields, Map) or not is_entry_id(entry):
+            return None
+        if not self._busy:
+            if len(self._handles) >= HANDLES_MAX:
+                self._handles.clear()
+            self._handles[entry] = fields
+        return fields
 
     @property
     def meta(self) -> Meta:
         """The root ``meta``."""
-        return read_meta(self.meta_plain())
+        if self._busy:  # within a transaction, what is kept may be old
+            return read_meta(self.meta_plain())
+        if self._meta is None:
+            self._meta = read_meta(self.meta_plain())
+        return self._meta
 
     def meta_plain(self) -> dict[str, Any]:
         """The root ``meta`` as plain values."""
@@ -508,8 +534,7 @@ class Conversation:
 
     def grant_of(self, principal: str) -> Grant | None:
         """What a principal may do here."""
-        given = self._roots[META].get("birth")
-        birth = read_birth(normalise(given.to_py() if isinstance(given, Map) else given))
+        birth = self.meta.birth
         if birth is not None and birth.owner == principal:
             return Grant.OWNER
         given = self._roots[ACCESS].get(principal)
@@ -551,9 +576,11 @@ class Conversation:
 
     def state(self, entry: str) -> State | None:
         """A slot's state, cheaply."""
-        fields, born = self._fields(entry), self._born.get(entry)
-        slot = fields is not None and born is not None and born.role is Role.ASSISTANT
-        return read_state(fields.get("state")) if fields is not None and slot else None
+        born = self._born.get(entry)
+        if born is None or born.role is not Role.ASSISTANT:
+            return None
+        fields = self._fields(entry)
+        return read_state(fields.get("state")) if fields is not None else None
 
     def has(self, entry: str, field: str) -> bool:
         """Whether an entry carries a field."""
@@ -568,7 +595,7 @@ class Conversation:
     def text_bytes(self, entry: str) -> int:
         """The length of an entry's text in UTF-8 bytes; of a reply's without reading it."""
         fields = self._fields(entry)
-        value = fields["content"] if fields is not None and "content" in fields else ""
+        value = fields.get("content") if fields is not None else None
         if isinstance(value, Text):
             return len(value)
         return len(value.encode()) if isinstance(value, str) else 0

@@ -76,7 +76,6 @@ from crdt_llm.document.schema import (
     Role,
     State,
     is_entry_id,
-    read_birth,
     read_params,
     read_place,
     read_proof,
@@ -200,11 +199,17 @@ class _Check:
 
     def _birth(self, edits: list[Edit]) -> Birth:
         """C1, C2."""
+        written = False
         for edit in edits:
             if edit.key in {"schema", "birth"}:
+                written = True
                 _need(not edit.path and not edit.shared, "schema", f"{edit.key} is one plain value")
                 same = edit.action == "add" or (edit.action == "update" and edit.old == edit.new)
                 _need(same, "birth", f"{edit.key} of a conversation never changes")
+        birth = self._conversation.meta.birth
+        if not written and birth is not None:  # as it was when it was checked
+            _need(self._is_ours(birth), "birth", "this birth belongs to another conversation id")
+            return birth
         meta = self._conversation.meta_plain()
         if meta.get("schema") is None or meta.get("birth") is None:
             raise Gap("this conversation has no schema and birth yet")
@@ -213,18 +218,16 @@ class _Check:
             "birth",
             f"this is not schema {SCHEMA_VERSION}",
         )
-        birth = read_birth(meta["birth"])
         if birth is None or set(meta["birth"]) != {"owner", "nonce"}:
             raise Refused("birth", "birth is a map of owner and a nonce of 16 bytes")
-        _need(
-            id_of(birth) == self._conversation_id,
-            "birth",
-            "this birth belongs to another conversation id",
-        )
+        _need(self._is_ours(birth), "birth", "this birth belongs to another conversation id")
         created = any(edit.key == "birth" and edit.action == "add" for edit in edits)
         if created and birth.owner != self._author.principal:
             raise Forbidden("birth", "only its owner creates a conversation")
         return birth
+
+    def _is_ours(self, birth: Birth) -> bool:
+        return id_of(birth) == self._conversation_id
 
     def _grant_before(self, birth: Birth, edits: list[Edit]) -> Grant | None:
         """What the author might do before the change, which may be about just that."""
@@ -471,7 +474,8 @@ class _Check:
         if "place" in written:
             self._place(one.id, written["place"], slot=slot)
         self._proof(one, written, slot=slot)
-        self._growth(one, written, slot=slot)
+        if one.text or one.chunks or "sealed" in written or (slot and "content" in written):
+            self._growth(one, written)
         self._rest(one, written)
 
     def _state(self, one: _Touched, written: Mapping[str, Any]) -> None:
@@ -523,13 +527,13 @@ class _Check:
 
     def _proof(self, one: _Touched, written: Mapping[str, Any], *, slot: bool) -> None:
         """N4."""
+        if "salt" not in written and "proof" not in written:
+            return
         redacted = self._conversation.has(one.id, "redacted")
         if "salt" in written:
             _need(not redacted, "proof", "a redacted entry gets no salt")
             _need("proof" in written, "proof", "a salt comes with its proof")
             _need(_is_bytes(written["salt"], SALT_BYTES), "proof", "a salt has 16 bytes")
-        if "proof" not in written:
-            return
         _need(redacted or "salt" in written, "proof", "a proof comes with its salt")
         value = written["proof"]
         proof = read_proof(value)
@@ -549,11 +553,8 @@ class _Check:
             ended = self._conversation.state(one.id) in ENDED
             _need(ended, "proof", "a reply is proved at its end")
 
-    def _growth(self, one: _Touched, written: Mapping[str, Any], *, slot: bool) -> None:
+    def _growth(self, one: _Touched, written: Mapping[str, Any]) -> None:
         """N5."""
-        grew = bool(one.text or one.chunks or (slot and "content" in written))
-        if not grew and "sealed" not in written:
-            return
         state = self._conversation.state(one.id)
         _need(
             state is State.STREAMING or (state in ENDED and "state" in written),
@@ -563,11 +564,12 @@ class _Check:
         _need(
             not self._conversation.has(one.id, "redacted"), "growth", "a redacted reply stays empty"
         )
-        if self._conversation.text_bytes(one.id) > TEXT_BYTES_MAX:
+        length = self._conversation.text_bytes(one.id)
+        if length > TEXT_BYTES_MAX:
             raise TooLarge("too-large", f"a text has at most {TEXT_BYTES_MAX} bytes")
         for delta in one.text:
             _need(
-                _is_append(delta, self._conversation.text_bytes(one.id)),
+                _is_append(delta, length),
                 "growth",
                 "a reply's text grows at its end",
             )
@@ -585,6 +587,8 @@ class _Check:
 
     def _rest(self, one: _Touched, written: Mapping[str, Any]) -> None:
         """N6."""
+        if not written.keys() & {"calls", "reads", "usage"}:
+            return
         state = self._conversation.state(one.id)
         during = state is State.STREAMING or (state in ENDED and "state" in written)
         for key in ("calls", "reads"):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from pycrdt import Array, Doc, Map, Text
 
+from crdt_llm.document import conversation as conversation_module
 from crdt_llm.document.conversation import (
     EMPTY_UPDATE,
     ROOTS,
@@ -207,6 +208,32 @@ def test_what_is_written_is_read_here_and_elsewhere() -> None:
     assert contents(there) == contents(here)
     assert clocks(there.state_vector()) == clocks(here.state_vector())
     assert there.apply(here.diff(there.state_vector())).is_empty
+
+
+def test_answers_that_are_kept_do_not_outlive_a_change() -> None:
+    here, raw = asked(), Doc[Any](client_id=7)
+    assert (here.meta.title, here.text(USER), here.view()) == ("", "hello", (USER, SLOT))
+    with here.writing() as writer:
+        writer.set_meta("title", "x")
+        assert here.meta.title == "x"  # at once, for the writer itself
+    assert here.meta.title == "x"
+    raw.apply_update(here.diff())
+    raw.get("meta", type=Map)["title"] = "y"
+    raw.get("entries", type=Map)[USER] = Map({"born": {"role": "user", "clock": 1}, "content": "z"})
+    here.apply(raw.get_update())
+    assert (here.meta.title, here.text(USER)) == ("y", "z")
+    del raw.get("entries", type=Map)[USER]
+    here.apply(raw.get_update())
+    assert (here.text(USER), here.entry(USER)) == ("", None)
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_any_number_of_kept_entries_will_do(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation_module, "HANDLES_MAX", kept)
+    here = Conversation(1, seal_client_id=2)
+    write_everything(here)
+    assert {entry: here.entry(entry) for entry in FULL} == FULL
+    assert len(here._handles) <= kept
 
 
 def test_meta_is_taken_away_again() -> None:

@@ -784,6 +784,14 @@ def test_rule(case: Case) -> None:
         assert isinstance(refused.value, TooLarge) == (case.code == "too-large")
 
 
+def test_a_conversation_is_no_other_one() -> None:
+    conversation = Conversation(99, update=STATE)
+    change = conversation.apply(Raw(STATE).update(add))
+    other = conversation_id(Birth("olga", b"m" * 16))
+    with pytest.raises(Refused, match="another conversation"):
+        check(change, conversation, conversation_id=other, author=WILL)
+
+
 def test_a_conversation_has_so_many_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     update = Raw(STATE).update(add)
     monkeypatch.setattr(rules, "ENTRIES_MAX", 8)
