@@ -96,7 +96,7 @@ class Membership(Peer):
                 (``Stopping``), or this membership is over (``ConnectionLost``).
         """
         if self._over is not None:
-            raise self._over
+            raise self._over.with_traceback(None)
         if self._room is None:
             raise ConnectionLost("this membership was left")
         waiting: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()

@@ -63,7 +63,7 @@ from crdt_llm.sync.verdict import Committed, Denied, Known, Lacking, reason_of
 from crdt_llm.sync.wire import UPDATE_BYTES_MAX, decode_state_vector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from crdt_llm.document.conversation import Change
     from crdt_llm.store.log import UpdateLog
@@ -96,6 +96,9 @@ ANSWERS_PER_TURN_MAX: Final = 8
 
 DOCUMENT_BYTES_MAX: Final = UPDATE_BYTES_MAX - (64 << 10)
 """The largest document: it must fit one Step2, or nobody new could ever be brought up to date."""
+
+NODE_RESERVE_BYTES: Final = 1 << 20
+"""What of it only the node may fill: a reply that has begun must be able to end."""
 
 DOCUMENT_SLACK_BYTES: Final = 64 << 10
 """How far below the limit the exact size must be found to go on without measuring each update."""
@@ -283,7 +286,7 @@ class Room:
             Unavailable: The room cannot be loaded now, or is about to end.
         """
         if self._over is not None:
-            raise self._over
+            raise self._over.with_traceback(None)
         if self._stopping:
             raise Stopping("the conversation is being closed: come back soon")
         entering: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -343,8 +346,8 @@ class Room:
     def share_presence(self, states: tuple[AwarenessState, ...]) -> None:
         """Tell everyone who is here, or went."""
         if states:
-            for peer in tuple(self._seats):
-                peer.presence(states)
+            for seat in tuple(self._seats.values()):
+                self._call(seat, seat.peer.presence, states)
 
     def state_vector(self) -> bytes:
         """What is committed, as a state vector. Only between turns (I1)."""
@@ -488,7 +491,7 @@ class Room:
         try:
             change = replica.apply(submission.update)
             rules.check(change, replica, conversation_id=self.id, author=submission.peer.author)
-            self._check_size(len(change.update))
+            self._check_size(len(change.update), submission.peer.author)
         except Gap as error:
             raise _Dirty(Lacking(str(error))) from error
         except (Refused, MalformedMessage) as error:
@@ -501,15 +504,14 @@ class Room:
             raise _Dirty(Denied(Refused("unreadable", "this cannot be checked"))) from error
         return change
 
-    def _check_size(self, added: int) -> None:
-        if self._document_bytes + added <= DOCUMENT_BYTES_MAX:
+    def _check_size(self, added: int, author: Author) -> None:
+        limit = DOCUMENT_BYTES_MAX - (0 if author.node else NODE_RESERVE_BYTES)
+        if self._document_bytes + added <= limit:
             return
         # What was added up counts what has since been deleted or collected: measure.
         exact = len(self._loaded_replica().diff())
-        if exact + DOCUMENT_SLACK_BYTES > DOCUMENT_BYTES_MAX:
-            raise TooLarge(
-                "document-too-large", f"a conversation has at most {DOCUMENT_BYTES_MAX} bytes"
-            )
+        if exact + DOCUMENT_SLACK_BYTES > limit:
+            raise TooLarge("document-too-large", f"a conversation has at most {limit} bytes")
         self._document_bytes = exact - added
 
     # -- the log -------------------------------------------------------------------------------
@@ -520,7 +522,7 @@ class Room:
         self._in_turn = False
         self._wake.set()
 
-    async def _rebuild(self, accepted: Iterable[bytes]) -> None:
+    async def _rebuild(self, accepted: Sequence[bytes]) -> None:
         """Make the replica anew from the log and what this turn has accepted."""
         loaded = await self._log.load(self.id)
         client_id = 0
@@ -574,10 +576,11 @@ class Room:
     # -- handing out ---------------------------------------------------------------------------
 
     def _hand_out(self, batch: _Batch) -> None:
-        if batch.accepted:
-            self._deliver(batch)
+        # Whoever just lost the right must not hear what came with or after that.
         if any(_touches_rights(change) for _, change in batch.accepted):
             self._check_rights()
+        if batch.accepted:
+            self._deliver(batch)
         for seat, submission, verdict in batch.settled:
             seat.unsettled -= 1
             seat.unsettled_bytes -= len(submission.update)

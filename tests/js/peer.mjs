@@ -65,12 +65,17 @@ const requests = {
     })
     return conversationId(owner, nonce)
   },
-  connect: ({ url, conversation, token, principal }) => {
+  connect: ({ url, conversation, token, principal, greeting }) => {
     owner = principal
     provider = new WebsocketProvider(url, conversation, doc, {
       params: { token }, WebSocketPolyfill: WebSocket, disableBc: true
     })
-    provider.on('status', ({ status }) => { connections += status === 'connected'; look() })
+    provider.on('status', ({ status }) => {
+      connections += status === 'connected'
+      // Written here, an update goes out before the client's own Step1.
+      if (greeting && status === 'connected' && connections === 1) say(greeting, 'user')
+      look()
+    })
     provider.on('sync', look)
     provider.on('closed', close => { refusals.push(close); look() })
     provider.on('connection-close', event => { if (event) closes.push(event.code); look() })

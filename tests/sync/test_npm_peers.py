@@ -100,9 +100,16 @@ class World:
     async def peer(self) -> NodePeer:
         return await self._stack.enter_async_context(node_peer())
 
-    async def join(self, peer: NodePeer, conversation: str, token: str = TOKEN) -> None:
+    async def join(
+        self, peer: NodePeer, conversation: str, token: str = TOKEN, greeting: str = ""
+    ) -> None:
         await peer.ask(
-            "connect", url=self.url, conversation=conversation, token=token, principal="owner"
+            "connect",
+            url=self.url,
+            conversation=conversation,
+            token=token,
+            principal="owner",
+            greeting=greeting,
         )
 
 
@@ -178,6 +185,23 @@ async def test_offline_writes_arrive_after_a_reconnect_and_a_restart(world: Worl
     assert await two.ask("texts", count=4) == texts
     first, second = await one.ask("state"), await two.ask("state")
     assert first == second
+
+
+async def test_what_is_typed_before_the_first_question_has_a_gap_and_arrives(world: World) -> None:
+    one = await world.peer()
+    conversation = await one.ask("birth", principal="owner")
+    await one.ask("say", text="written offline")
+    await world.join(one, conversation, greeting="typed in the handler")
+    await one.ask("synced")
+    two = await world.peer()
+    await world.join(two, conversation, greeting="from a page that knows nothing yet")
+    texts = await two.ask("texts", count=3)
+    assert sorted(texts) == [
+        "from a page that knows nothing yet",
+        "typed in the handler",
+        "written offline",
+    ]
+    assert await one.ask("texts", count=3) == texts
 
 
 async def test_a_refusal_reaches_a_stock_client_and_it_does_not_come_back(world: World) -> None:

@@ -229,6 +229,23 @@ async def test_whoever_loses_the_right_is_let_go_at_once() -> None:
     assert len(will.heard) == heard
 
 
+async def test_whoever_loses_the_right_does_not_hear_what_came_with_that() -> None:
+    place = Place()
+    owner, device = await born(place)
+    await owner.membership.submit(device.grant("will", Grant.WRITER))
+    will = await place.join("will")
+    place.gate.clear()
+    writes = [asyncio.create_task(owner.membership.submit(device.entitle("blocks the turn")))]
+    await turns()
+    together = (device.grant("will", None), device.say("secret"))
+    writes.extend(asyncio.create_task(owner.membership.submit(update)) for update in together)
+    await turns()
+    place.gate.set()
+    await asyncio.gather(*writes)
+    assert replayed([will.membership.state, *will.heard]).texts == []
+    assert len(will.lost) == 1
+
+
 async def test_an_unborn_conversation_belongs_to_whoever_may_give_it_its_birth() -> None:
     place = Place()
     owner, stranger = await place.join("owner"), await place.join("stranger")
@@ -262,16 +279,20 @@ async def test_a_large_update_is_read_in_a_thread_with_the_same_verdict() -> Non
 
 
 async def test_a_conversation_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room_module, "DOCUMENT_BYTES_MAX", 20_000)
+    monkeypatch.setattr(room_module, "DOCUMENT_BYTES_MAX", 30_000)
+    monkeypatch.setattr(room_module, "NODE_RESERVE_BYTES", 10_000)
     monkeypatch.setattr(room_module, "DOCUMENT_SLACK_BYTES", 1_000)
     place = Place()
     owner, device = await born(place)
+    node = await place.join("owner", node=True)
     # What is replaced counts no more: the size is measured before anything is refused.
     for number in range(60):
         await owner.membership.submit(device.entitle(f"{number:0500}"))
     with pytest.raises(TooLarge):
         await owner.membership.submit(device.say("x" * 20_000))
     assert replayed([(await place.join()).membership.state]).texts == []
+    await node.membership.submit(device.written[-1])
+    assert len(replayed([(await place.join()).membership.state]).texts) == 1
 
 
 async def test_one_that_floods_does_not_keep_the_others_waiting(
