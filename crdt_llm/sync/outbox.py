@@ -57,10 +57,14 @@ class Outbox:
         self._document = frame
 
     def put_update(self, frame: bytes) -> bool:
-        """Add an update; ``False`` if that is too much: then it and all others were dropped."""
+        """Add an update; ``False`` if that is too much: then it and all others were dropped.
+
+        One that is alone may have any size: it waits for nobody.
+        """
         self._updates.append(frame)
         self._updates_bytes += len(frame)
-        if self._updates_bytes <= WAITING_BYTES_MAX and len(self._updates) <= WAITING_FRAMES_MAX:
+        fits = self._updates_bytes <= WAITING_BYTES_MAX and len(self._updates) <= WAITING_FRAMES_MAX
+        if fits or (len(self._updates) == 1 and self._document is None):
             return True
         self.drop_document()
         return False

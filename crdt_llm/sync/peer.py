@@ -22,7 +22,14 @@ from crdt_llm.sync.session import (
     Submit,
 )
 from crdt_llm.sync.verdict import CLOSE_REASON_BYTES_MAX, close_code, reason_of, shorten
-from crdt_llm.sync.wire import AUTH_REASON_BYTES_MAX, AuthDenied, SyncStep1, SyncStep2, SyncUpdate
+from crdt_llm.sync.wire import (
+    AUTH_REASON_BYTES_MAX,
+    UPDATE_BYTES_MAX,
+    AuthDenied,
+    SyncStep1,
+    SyncStep2,
+    SyncUpdate,
+)
 from crdt_llm.sync.wire import encode as encode_frame
 
 if TYPE_CHECKING:
@@ -115,7 +122,9 @@ class RemotePeer(Peer):
         """See :class:`~crdt_llm.sync.room.Peer`."""
         if not self._is_live or self._owed is not None:
             return  # the Step2 to come holds it
-        if not self._outbox.put_update(delivery.frame(_update_frame)):
+        fits = len(delivery.update) <= UPDATE_BYTES_MAX  # what one commit joins may not
+        if not fits or not self._outbox.put_update(delivery.frame(_update_frame)):
+            self._outbox.drop_document()
             self._will_have = None
             self._owed = self._has
         self._wake()

@@ -57,6 +57,15 @@ def test_beyond_its_limit_it_drops_every_update_and_says_so(frame: bytes, fittin
     assert outbox.put_update(frame)
 
 
+def test_an_update_that_is_alone_may_have_any_size() -> None:
+    outbox = Outbox()
+    large = bytes(WAITING_BYTES_MAX + 1)
+    assert outbox.put_update(large)
+    assert outbox.take() == large
+    outbox.put_document(b"document")
+    assert not outbox.put_update(large)
+
+
 def test_what_was_taken_counts_no_more() -> None:
     outbox = Outbox()
     for _ in range(3 * WAITING_BYTES_MAX // 1024):

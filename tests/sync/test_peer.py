@@ -10,6 +10,7 @@ from sync.rooms import Place, born, turns
 from crdt_llm.document.schema import Grant
 from crdt_llm.errors import Refused, Stopping
 from crdt_llm.sync import outbox as outbox_module
+from crdt_llm.sync import peer as peer_module
 from crdt_llm.sync import room as room_module
 from crdt_llm.sync.peer import RemotePeer
 from crdt_llm.sync.verdict import CLOSE_REASON_BYTES_MAX, CloseCode
@@ -202,6 +203,20 @@ async def test_a_reader_that_stays_slow_misses_nothing_however_the_frames_fall(
                 await slow.up()
         await slow.settle()
         assert slow.device.texts == writer.device.texts
+
+
+async def test_what_fits_no_frame_comes_as_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_module, "UPDATE_BYTES_MAX", 300)
+    place = Place()
+    await born(place)
+    writer, reader = await connected(place, 1), await connected(place, 2)
+    documents = len(reader.of(SyncStep2))
+    writer.device.say("x" * 300)
+    await writer.up()
+    await reader.settle()
+    assert reader.device.texts == ["x" * 300]
+    assert reader.of(SyncUpdate) == []
+    assert len(reader.of(SyncStep2)) == documents + 1
 
 
 async def test_presence_is_shared_and_echoed() -> None:
