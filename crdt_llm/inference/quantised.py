@@ -47,11 +47,13 @@ class Rows:
 
     Args:
         planes: int8, ``(2 * rows, width)``: all high planes, then all low ones.
-        scale: float32, ``(rows, 1)``.
+        scale: float32, ``(rows, 1)``: of a low step.
+        high_scale: float32, ``(rows, 1)``: of a high step, ``PLANE`` low ones.
     """
 
     planes: Tensor
     scale: Tensor
+    high_scale: Tensor
 
     @classmethod
     def round(cls, rows: Tensor) -> Rows:
@@ -62,7 +64,7 @@ class Rows:
         high = (steps * (1 / PLANE)).round_()
         low = steps.sub_(high, alpha=PLANE).round_()
         planes = torch.cat((high, low)).to(torch.int8)
-        return cls(planes=planes, scale=scale)
+        return cls(planes=planes, scale=scale, high_scale=scale * PLANE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,22 +113,24 @@ class Int8Linear:
     def __call__(self, rows: Rows) -> Tensor:
         """Multiply; gives float32 ``(rows, outputs)``."""
         count = len(rows.scale)
-        transposed = self.weight.t()
-        if count <= SINGLE_ROWS_MAX:
-            products = [
-                torch._int_mm(plane, transposed)  # noqa: SLF001 - the one integer product there is
-                for plane in rows.planes.chunk(2 * count)
-            ]
-            high = products[0] if count == 1 else torch.cat(products[:count])
-            low = products[1] if count == 1 else torch.cat(products[count:])
+        planes = rows.planes
+        if count == 1:
+            high, low = self._product(planes[:1]), self._product(planes[1:])
+        elif count <= SINGLE_ROWS_MAX:
+            singles = [self._product(planes[row : row + 1]) for row in range(2 * count)]
+            high, low = torch.cat(singles[:count]), torch.cat(singles[count:])
         else:
-            product = torch._int_mm(rows.planes, transposed)  # noqa: SLF001 - as above
+            product = self._product(planes)
             high, low = product[:count], product[count:]
         # In steps that round one by one: a fused multiply-add rounds once, and whether an element
         # meets one depends on where it lies in a vector register.
-        result = high.to(torch.float32).mul_(PLANE).add_(low)
-        result.mul_(rows.scale).mul_(self.scale)
+        result = torch.mul(high, rows.high_scale).add_(torch.mul(low, rows.scale))
+        result.mul_(self.scale)
         return result if self.bias is None else result.add_(self.bias)
+
+    def _product(self, planes: Tensor) -> Tensor:
+        """int8 ``(n, inputs)`` to int32 ``(n, outputs)``, exact."""
+        return torch._int_mm(planes, self.weight.t())  # noqa: SLF001 - the one integer product there is
 
 
 def check_integer_product() -> None:

@@ -85,6 +85,9 @@ class _Reports:
 
 
 def _load(model: Path, threads: int | None, kv_memory_bytes: int | None) -> TorchEngine:
+    # Threads that wait for each other sleep instead of spinning, unless somebody knows better: as
+    # soon as another process wants the same cores, spinning makes a step several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         import torch  # noqa: PLC0415 - the pipe is watched before the long imports begin
 
