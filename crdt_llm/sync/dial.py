@@ -7,6 +7,7 @@ of the library's errors into ours. It must not know what a frame means.
 from __future__ import annotations
 
 import ipaddress
+import logging
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ CLOSE_TIMEOUT_S: Final = 2.0
 
 FRAMES_BUFFERED_MAX: Final = 64
 """Frames read ahead of the merge; beyond it the socket is left to fill, and the relay waits."""
+
+_logger: Final = logging.getLogger("crdt_llm.sync.socket")
+_logger.setLevel(logging.INFO)  # below it the library logs headers, and with them the token
 
 _SCHEMES: Final = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 _TRANSIENT: Final = frozenset(
@@ -188,6 +192,7 @@ def websocket_dial(address: Address, token: str | None) -> Dial:
                 close_timeout=CLOSE_TIMEOUT_S,
                 max_size=FRAME_BYTES_MAX,
                 max_queue=FRAMES_BUFFERED_MAX,
+                logger=_logger,
             )
         except InvalidStatus as error:
             raise _turned_away(error.response.status_code) from error

@@ -21,6 +21,7 @@ from crdt_llm.errors import (
     Refused,
     ReplyFailed,
 )
+from crdt_llm.sync.link import framed_bytes
 from crdt_llm.sync.local_replica import LocalReplica
 from crdt_llm.sync.wire import SyncStep2, SyncUpdate, decode_state_vector
 
@@ -575,7 +576,7 @@ async def test_a_slow_listener_gets_one_change_for_all_it_missed(relay: Partner)
 # -- the price -------------------------------------------------------------------------------------
 
 
-async def _turn_bytes(relay: Partner, entries: int, text: str) -> tuple[int, int]:
+async def _turn_bytes(relay: Partner, entries: int, text: str) -> int:
     async with client_of(relay) as client:
         conversation = await client.create()
         conversation.pause()
@@ -583,21 +584,21 @@ async def _turn_bytes(relay: Partner, entries: int, text: str) -> tuple[int, int
             await conversation.send(f"entry {number}")
         conversation.resume()
         await conversation.synced_once()
-        before, frames = conversation.traffic.live.sent_bytes, len(relay.frames[conversation.id])
+        frames = len(relay.frames[conversation.id])
+        before = conversation.traffic.live.sent_bytes + conversation.traffic.sync.sent_bytes
         reply = await conversation.ask(text, max_tokens=200, temperature=0.7)
         await relay.until(lambda: reply.id in relay.document(conversation.id).tree)
-        counted = conversation.traffic.live.sent_bytes - before
-        return counted, sum(relay.frames[conversation.id][frames:])
+        after = conversation.traffic.live.sent_bytes + conversation.traffic.sync.sent_bytes
+        arrived = relay.frames[conversation.id][frames:]
+        assert after - before == sum(framed_bytes(frame, masked=True) for frame in arrived)
+        return after - before
 
 
 @pytest.mark.parametrize("text", ["", "What goes into a lasagne? " * 40])
 async def test_a_turn_costs_what_is_new_and_not_the_history(relay: Partner, text: str) -> None:
-    short, short_frames = await _turn_bytes(relay, 5, text)
-    long, long_frames = await _turn_bytes(relay, 500, text)
+    short, long = await _turn_bytes(relay, 5, text), await _turn_bytes(relay, 500, text)
     assert long < 600 + 1.2 * len(text.encode())
     assert abs(long - short) <= 8  # only the clocks are longer numbers
-    assert short_frames < short  # the count includes the websocket's own framing
-    assert long_frames < long
 
 
 async def test_traffic_tells_sync_from_turns(relay: Partner) -> None:

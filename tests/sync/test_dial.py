@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -155,3 +156,15 @@ async def test_text_is_malformed(server: tuple[Server, dict[str, int]]) -> None:
         await socket.send(b"too late")
     with pytest.raises(ConnectionLost):
         await socket.receive()
+
+
+async def test_the_token_is_in_no_log(
+    server: tuple[Server, dict[str, int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    logging.getLogger("websockets.server").setLevel(logging.INFO)  # that is the other side
+    async with websocket_dial(address_of(server[0]), "s3cret")("x") as socket:
+        with pytest.raises(MalformedMessage):
+            await socket.receive()
+    assert server[1] == {"Bearer s3cret": 1}
+    assert "s3cret" not in caplog.text
