@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from crdt_llm.store.memory import MemorySeam
     from crdt_llm.sync.client import OpenConversation, Reply
 
+# A failure is made smaller for up to five minutes before it is shown.
+pytestmark = pytest.mark.timeout(900)
+
 DEVICES: Final = ("laptop", "phone", "tablet")
 QUIET_S: Final = 300.0
 """Ten times the longest wait before another try: after that long everybody who can has synced."""
