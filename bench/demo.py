@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from crdt_llm import Client
 from crdt_llm.document.chain import parent_digest, verify_path
-from crdt_llm.document.schema import State
+from crdt_llm.document.schema import Place, State
 from crdt_llm.document.seal import Sealer, Where
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from crdt_llm.document.schema import Entry
+    from crdt_llm.document.schema import Entry, Usage
     from crdt_llm.sync.client import OpenConversation, Reply
 
 STARTUP_S_MAX = 180  # a cold disk and two busy cores
@@ -56,9 +56,8 @@ class Server:
             self.process = await asyncio.create_subprocess_exec(
                 *command, stdout=asyncio.subprocess.PIPE, stderr=log
             )
-        assert self.process.stdout is not None
         async with asyncio.timeout(STARTUP_S_MAX):
-            line = (await self.process.stdout.readline()).decode()
+            line = (await _output(self.process).readline()).decode()
         if not line.startswith("ready "):
             raise SystemExit(f"the server did not start: see {log.name}")
         self.url = line.split()[1]
@@ -69,6 +68,18 @@ class Server:
         if self.process is not None and self.process.returncode is None:
             self.process.send_signal(how)
             await self.process.wait()
+
+
+def _output(process: asyncio.subprocess.Process) -> asyncio.StreamReader:
+    if process.stdout is None:
+        raise RuntimeError("the server was started without a pipe for its output")
+    return process.stdout
+
+
+def _cost(reply: Entry) -> Usage:
+    if reply.usage is None:
+        raise RuntimeError(f"reply {reply.id} has ended without saying what it cost")
+    return reply.usage
 
 
 @dataclass
@@ -123,8 +134,7 @@ class Demo:
 
     def account(self, what: str, device: str, sent: object, reply: Entry, again: int) -> None:
         """A row of the table."""
-        usage = reply.usage
-        assert usage is not None
+        usage = _cost(reply)
         totals = self.report.totals
         totals["reused"] += usage.reused
         totals["prefilled"] += usage.prefilled
@@ -144,12 +154,11 @@ class Demo:
         that is not reused was computed twice.
         """
         conversation = self.at["phone"].document
-        assert reply.usage is not None
         for name in reversed(conversation.tree.path(reply.id)[:-1]):
             entry = conversation.entry(name)
             if entry is not None and entry.is_slot and entry.usage is not None:
                 known = entry.usage.prompt + entry.usage.sampled - 1
-                return known - reply.usage.reused
+                return max(0, known - _cost(reply).reused)
         return 0
 
     async def finish(self, reply: Reply) -> Entry:
@@ -182,9 +191,9 @@ class Demo:
         """A reply's exact token ids, opened with the key from the data folder."""
         master = (self.server.data / "keys" / "master.key").read_bytes()
         document = self.at["phone"].document
-        assert reply.place is not None
-        parent = parent_digest(document, reply.place.parent)
-        where = Where(document.id or "", reply.id, parent, reply.place.epoch, 0)
+        place = reply.place or Place("", 0)
+        parent = parent_digest(document, place.parent)
+        where = Where(document.id or "", reply.id, parent, place.epoch, 0)
         return Sealer(master, os.urandom).open_reply(reply.sealed, where).sampled
 
     # -- the acts ------------------------------------------------------------------------------
@@ -271,18 +280,16 @@ class Demo:
         )
         async with self.counted("phone", "", "regenerate") as sent:
             entry = await self.finish(await phone.regenerate(max_tokens=32, temperature=0.9))
-        assert entry.usage is not None
-        self.account("regenerate", "phone", sent[0], entry, entry.usage.prefilled)
-        self.report.claim("a regeneration prefills nothing", holds=entry.usage.prefilled == 0)
+        self.account("regenerate", "phone", sent[0], entry, _cost(entry).prefilled)
+        self.report.claim("a regeneration prefills nothing", holds=_cost(entry).prefilled == 0)
         long = await phone.ask("Count as far as you can.", max_tokens=400, ignore_eos=True)
         await self.everywhere(lambda c: bool(c.entry(long.id).content))
         await self.at["laptop"].stop(long.id)
         entry = await self.finish(long)
-        assert entry.usage is not None
         self.account("stop, from the other device", "laptop", "-", entry, self.again(entry))
         self.report.claim(
-            f"a stop ends a reply of 400 tokens after {entry.usage.sampled}",
-            holds=entry.state is State.STOPPED and entry.usage.sampled < 400,
+            f"a stop ends a reply of 400 tokens after {_cost(entry).sampled}",
+            holds=entry.state is State.STOPPED and _cost(entry).sampled < 400,
         )
 
     async def kill(self, temperature: float) -> None:
@@ -301,7 +308,6 @@ class Demo:
         await self.server.start()
         entry = await self.finish(again)
         await self.everywhere(lambda c: c.reply(again.id).ended)
-        assert entry.usage is not None
         self.account(f"killed after {had} characters", "phone", "-", entry, 0)
         expected, got = self.sampled_ids(whole), self.sampled_ids(entry)
         self.report.claim(
@@ -310,7 +316,7 @@ class Demo:
         )
         self.report.claim(
             f"SIGKILL in mid-reply, {name}: exactly one replay of the path",
-            holds=entry.usage.prefilled == entry.usage.prompt,
+            holds=_cost(entry).prefilled == _cost(entry).prompt,
         )
 
     async def check_all(self) -> None:
@@ -361,8 +367,7 @@ async def play(folder: Path, model: str) -> Report:
         await demo.branches()
         await demo.kill(0.0)
         await demo.kill(0.7)
-        again = await demo.turn("laptop", "Thank you. Goodbye.", "a last turn", max_tokens=16)
-        del again
+        await demo.turn("laptop", "Thank you. Goodbye.", "a last turn", max_tokens=16)
         await demo.check_all()
     return report
 

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("crdt_llm.cli")
 
+# The writer of the log is a thread: it gets the interpreter back from a busy event loop this soon.
+SWITCH_INTERVAL_S: Final = 0.001
 EPOCH: Final = 1  # one node for good: nobody else can hold the lease of an embedded one
 NODE: Final = "node"
 
@@ -209,6 +211,7 @@ def run_serve(  # noqa: PLR0913 - the options of a command
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     folder = DataFolder.named(data)
     lock = lock_folder(folder)
     try:

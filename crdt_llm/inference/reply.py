@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from crdt_llm.document.chain import Link, commit_content, commit_tokens, prove
 from crdt_llm.document.schema import SALT_BYTES, Usage, seed_of
 from crdt_llm.document.seal import FINAL_CHUNK, Hidden, Kind, Where
-from crdt_llm.errors import BadProof
+from crdt_llm.errors import BadProof, LocalMisuse, PromptTooLong
 from crdt_llm.inference.engine import SamplingParams
 from crdt_llm.inference.tokens import TextStream
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from crdt_llm.document.keys import SigningKey
     from crdt_llm.document.schema import Entry, State
     from crdt_llm.document.seal import Sealer
+    from crdt_llm.errors import CrdtLlmError
     from crdt_llm.inference.tokens import Vocabulary
 
 # What a slot gets that names nothing else.
@@ -77,6 +78,16 @@ def sampling(params: dict[str, Any], end_ids: frozenset[int]) -> SamplingParams:
         end_ids=end_ids,
         ignore_eos=params["ignore_eos"],
     )
+
+
+def describe(error: CrdtLlmError) -> tuple[str, str]:
+    """A failure as ``usage.error`` says it: a code for programs, a sentence for people."""
+    codes: dict[type[CrdtLlmError], str] = {
+        PromptTooLong: "context-full",
+        BadProof: "unreadable",
+        LocalMisuse: "bad-request",
+    }
+    return codes.get(type(error), "failed"), str(error)
 
 
 @dataclass(slots=True)
@@ -174,6 +185,15 @@ class Reply:
         self.waiting.append((token, logprob))
         self.waiting_text += self.stream.feed(token)
         return self.stream.stopped
+
+    def finished(self, end_ids: frozenset[int]) -> str | None:
+        """Why a reply that is to be resumed has in truth ended already, if it has."""
+        sampled = self.hidden.sampled
+        if self.stream.stopped:
+            return "stop"
+        if sampled and sampled[-1] in end_ids and not self.params["ignore_eos"]:
+            return "end"
+        return "length" if len(sampled) >= self.params["max_tokens"] else None
 
     def _take_waiting(self, identity: Identity) -> Hidden:
         """Move what waits into the reply; returns it as a chunk."""

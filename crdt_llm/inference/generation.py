@@ -1,0 +1,127 @@
+"""One reply at work: an engine's events become flushes of text and sealed ids.
+
+This module owns the pace: the first token goes out at once, then windows of time, each one update,
+and never a second one before the first is durable. It says how the reply ended and leaves it to the
+desk to write that down. It must not decide what else happens in the conversation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from crdt_llm.document.schema import State
+from crdt_llm.errors import EngineDied, LocalMisuse, PromptTooLong
+from crdt_llm.inference.engine import Finished, Prefilled, Sampled
+from crdt_llm.inference.reply import describe, sampling
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from crdt_llm.inference.engine import Engine, GenerationEvent
+    from crdt_llm.inference.reply import Identity, Reply
+    from crdt_llm.inference.workplace import Workplace
+
+logger = logging.getLogger("crdt_llm.inference")
+
+FLUSH_WINDOW_S: Final = 0.05  # of text and ids per update: as often as a reader can notice
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a reply is to be ended."""
+
+    state: State
+    finish: str
+    error: tuple[str, str] | None = None
+
+
+class Generation:
+    """A reply that an engine works on.
+
+    Args:
+        work: the workplace that it is written to.
+        reply: the reply.
+        path: the entries before it with the number of their tokens.
+        identity: what it is sealed and signed with.
+        clock_ms: wall time.
+    """
+
+    def __init__(
+        self,
+        work: Workplace,
+        reply: Reply,
+        path: tuple[tuple[str, int], ...],
+        identity: Identity,
+        clock_ms: Callable[[], int],
+    ) -> None:
+        self.reply = reply
+        self.task: asyncio.Task[None] | None = None
+        self._work = work
+        self._path = path
+        self._identity = identity
+        self._clock_ms = clock_ms
+        self._durable: asyncio.Future[None] | None = None
+        self._window: asyncio.TimerHandle | None = None
+
+    async def run(self, engine: Engine, end_ids: frozenset[int]) -> Outcome:
+        """Sample until the reply ends by itself.
+
+        What does not fit the last flush waits in the reply for its end. Cancelling stops the
+        engine within a step.
+
+        Raises:
+            EngineDied: it can be resumed with another engine.
+            Unavailable: not now.
+        """
+        reply = self.reply
+        params = sampling(reply.params, end_ids)
+        events = engine.generate(reply.ids, params, len(reply.prompt))
+        try:
+            async with aclosing(events):
+                return await self._follow(events)
+        except (PromptTooLong, LocalMisuse) as error:
+            return Outcome(State.FAILED, "error", describe(error))
+        finally:
+            if self._window is not None:
+                self._window.cancel()
+
+    async def _follow(self, events: AsyncGenerator[GenerationEvent, None]) -> Outcome:
+        async for event in events:
+            match event:
+                case Prefilled(prompt, reused, _):
+                    self._charge(prompt, reused)
+                case Sampled(token, logprob):
+                    if self.reply.feed(token, logprob, self._clock_ms()):
+                        return Outcome(State.DONE, "stop")
+                    if self._window is None:
+                        self._flush()
+                case Finished(reason):
+                    return Outcome(State.DONE, "context" if reason == "positions" else reason)
+            if self._durable is not None and self._durable.done():
+                self._durable.result()  # a lost seat ends the reply here
+        raise EngineDied("the engine ended a reply without a reason")
+
+    def _charge(self, prompt: int, reused: int) -> None:
+        # Every reply behind one parent has the same opening.
+        parent = self._path[-1][0] if self._path else ""
+        opening = (f"{parent}/opening", len(self.reply.hidden.injected))
+        path = (*self._path, opening)
+        self._work.account.computed(path, reused=reused, prompt=prompt)
+        self.reply.prefilled += self._work.account.charge(name for name, _ in path)
+
+    def _flush(self) -> None:
+        """Write what waits, unless the last flush is still on its way; again after a window."""
+        if self._durable is None or self._durable.done():
+            if not self.reply.waiting:
+                self._window = None  # the next token goes out at once
+                return
+            if not self._work.to_end(self.reply.slot):  # else the desk is about to end it
+                self._durable = self._work.write(
+                    lambda writer: self.reply.flush(writer, self._identity)
+                )
+        loop = asyncio.get_running_loop()
+        self._window = loop.call_later(FLUSH_WINDOW_S, self._flush)

@@ -1,0 +1,454 @@
+"""One sitting of the node at a conversation: what was decided is done here.
+
+This module owns the actions: the lease, admission with proofs, starting, resuming and ending
+replies, prefill ahead of the request. What to do next is decided in
+:mod:`crdt_llm.inference.evaluate`. It must not know sockets, stores, or why a sitting ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Final, Protocol
+
+from crdt_llm.document.chain import Link, commit_content, parent_digest, prove
+from crdt_llm.document.schema import SALT_BYTES, Born, Place, Role, State, Usage, entry_id
+from crdt_llm.document.seal import Where
+from crdt_llm.errors import (
+    BadProof,
+    EngineBusy,
+    EngineDied,
+    PromptTooLong,
+    Unavailable,
+)
+from crdt_llm.inference.evaluate import (
+    Admit,
+    End,
+    Mark,
+    Nothing,
+    Request,
+    Resume,
+    TakeLease,
+    Warm,
+    evaluate,
+)
+from crdt_llm.inference.generation import Generation, Outcome
+from crdt_llm.inference.reply import Reply, describe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from crdt_llm.document.conversation import Writer
+    from crdt_llm.document.schema import Proof
+    from crdt_llm.inference.engine import Engine
+    from crdt_llm.inference.evaluate import (
+        Action,
+        Situation,
+    )
+    from crdt_llm.inference.prompt import Renderer
+    from crdt_llm.inference.reply import Identity
+    from crdt_llm.inference.seat import Surroundings
+    from crdt_llm.inference.tokens import Vocabulary
+    from crdt_llm.inference.workplace import Workplace
+
+logger = logging.getLogger("crdt_llm.inference")
+
+PRINCIPAL: Final = "node"  # who the node is in `born.author` of the slots that it adds
+ENGINE_DEATHS_MAX: Final = 3  # a reply that kills its engine this often has failed
+BUSY_S: Final = 0.2  # before a reply asks an engine again that had no room
+
+_DIED: Final = "the engine died several times on this reply; ask again, or use another model"
+
+
+class Shared(Protocol):
+    """What the desks of one node share."""
+
+    surroundings: Surroundings
+    renderer: Renderer
+    vocabulary: Vocabulary
+    identity: Identity
+    engine: Engine | None
+
+    @property
+    def capacity(self) -> int:
+        """How many more replies may be started now."""
+        ...
+
+    def occupy(self, change: int) -> None:
+        """So many more (or fewer) replies run."""
+        ...
+
+    def lost_engine(self, engine: Engine) -> None:
+        """An engine died under somebody's hands."""
+        ...
+
+
+class Sitting:
+    """The node at work in one conversation, from taking a seat to losing it.
+
+    Args:
+        shared: what the node's desks share.
+        conversation: the conversation's id.
+        work: the replica to work on.
+        wake: asks for another look.
+        deaths: how often an engine died on a reply; outlives a sitting.
+    """
+
+    def __init__(
+        self,
+        shared: Shared,
+        conversation: str,
+        work: Workplace,
+        wake: Callable[[], None],
+        deaths: dict[str, int],
+    ) -> None:
+        self.work = work
+        self._shared = shared
+        self._id = conversation
+        self._wake = wake
+        self._deaths = deaths
+        self._cold: str | None = None
+        self._warming: asyncio.Task[None] | None = None
+        self._running: dict[str, Generation] = {}
+        self._outcomes: dict[str, Outcome | None] = {}  # None: to be resumed
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs and nothing waits."""
+        return not (self._running or self._warming or self.work.conversation.tree.pending)
+
+    async def act(self) -> bool:
+        """Do the one next thing. Says whether there was one."""
+        if self._outcomes:
+            slot, outcome = self._outcomes.popitem()
+            await self._finish(slot, outcome)
+            return True
+        action = evaluate(self._situation())
+        await self._do(action)
+        return not isinstance(action, Nothing)
+
+    async def end(self) -> None:
+        """Leave everything as it is: replies that stream go on after the next sitting began."""
+        tasks = [one.task for one in self._running.values() if one.task is not None]
+        if self._warming is not None:
+            tasks.append(self._warming)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._shared.occupy(-len(self._running))
+        self._running.clear()
+
+    def _situation(self) -> Situation:
+        shared = self._shared
+        self.work.find_lease(shared.surroundings.grant_lease(self._id, shared.identity.key.public))
+        ready = shared.engine is not None
+        return self.work.situation(
+            running=frozenset(self._running),
+            capacity=shared.capacity if ready else 0,
+            cold=self._cold if ready and not self._running else None,
+        )
+
+    async def _do(self, action: Action) -> None:
+        match action:
+            case Nothing():
+                pass
+            case TakeLease():
+                await self._take_lease()
+            case End(slot):
+                await self._stop(slot)
+            case Mark(slots):
+                await self.work.write(lambda writer: _mark(writer, slots, State.STOPPED))
+            case Resume(slot):
+                await self._resume(slot)
+            case Admit():
+                await self._admit(action)
+            case Request(after):
+                await self.work.write(lambda writer: self._request(writer, after))
+            case Warm(entry):
+                await self._warm(entry)
+
+    async def _take_lease(self) -> None:
+        shared = self._shared
+        lease = shared.surroundings.grant_lease(self._id, shared.identity.key.public)
+        await self.work.write(lambda w: w.add_lease(lease.epoch, lease.node, lease.signature))
+
+    def _request(self, writer: Writer, after: str) -> None:
+        outside = self._shared.surroundings
+        now, clock = outside.clock_ms(), self.work.conversation.tree.clock + 1
+        born = Born(Role.ASSISTANT, PRINCIPAL, PRINCIPAL, now, clock, after=after)
+        writer.add(entry_id(now, outside.random(10)), born)
+
+    # -- admission -----------------------------------------------------------------------------
+
+    async def _admit(self, action: Admit) -> None:
+        digest, proofs = self._prove(action)
+        last = action.entries[-1] if action.entries else action.parent
+        epoch = self.work.epoch
+        parents = (action.parent, *action.entries)
+
+        def write_entries(writer: Writer) -> None:
+            pairs = zip(action.entries, parents, proofs, strict=False)
+            for name, parent, (salt, proof) in pairs:
+                writer.place(name, Place(parent, epoch))
+                writer.proof(name, salt, proof)
+
+        slot = action.slot
+        if slot is None:
+            self._cold = last
+            await self.work.write(write_entries)
+            return
+        try:
+            generation = self._prepare(slot, last, Where(self._id, slot, digest, epoch, 0))
+        except (PromptTooLong, BadProof) as error:
+            self._cold, failure = last, _failure(*describe(error))
+
+            def write_failed(writer: Writer) -> None:
+                write_entries(writer)
+                _fail(writer, slot, failure)
+
+            await self.work.write(write_failed)
+            return
+
+        def write(writer: Writer) -> None:
+            write_entries(writer)
+            writer.place(slot, Place(last, epoch))
+            writer.open_reply(slot)
+            writer.state(slot, State.STREAMING)
+            _mark(writer, action.superseded, State.SUPERSEDED)
+
+        generation.reply.asked_at_ms = self.work.seen_at_ms(slot)
+        durable = self.work.write(write)
+        await self._start(generation)  # the engine need not wait for the disk
+        await durable
+
+    def _prove(self, action: Admit) -> tuple[bytes, list[tuple[bytes, Proof]]]:
+        """Proofs for a run of author's entries; also the digest that comes behind them."""
+        conversation, identity = self.work.conversation, self._shared.identity
+        digest = parent_digest(conversation, action.parent)
+        proofs: list[tuple[bytes, Proof]] = []
+        for name in action.entries:
+            salt = identity.random(SALT_BYTES)
+            content = commit_content(salt, conversation.text(name))
+            link = Link(name, conversation.born_plain(name), content)
+            proof = prove(
+                link,
+                parent=digest,
+                conversation=self._id,
+                epoch=self.work.epoch,
+                key=identity.key,
+            )
+            proofs.append((salt, proof))
+            digest = proof.digest
+        return digest, proofs
+
+    def _prepare(self, slot: str, parent: str, where: Where) -> Generation:
+        """A reply behind ``parent``, ready to run.
+
+        Raises:
+            PromptTooLong: there is no position left for a single token.
+            BadProof: something on the path cannot be read.
+        """
+        entry, transcript = self.work.present(slot), self.work.transcript
+        before = transcript.ids(parent)
+        opened = transcript.opened(entry, parent)
+        reply = Reply.begin(entry, where, before, opened, self._shared.vocabulary)
+        positions = self._positions()
+        if len(reply.prompt) >= positions:
+            raise PromptTooLong(
+                f"the conversation has {len(reply.prompt)} tokens here and the model has "
+                f"{positions} positions: fork from an earlier entry or begin a new conversation"
+            )
+        return self._generation(reply, parent)
+
+    def _generation(self, reply: Reply, parent: str) -> Generation:
+        shared = self._shared
+        path = self.work.path(parent)
+        return Generation(self.work, reply, path, shared.identity, shared.surroundings.clock_ms)
+
+    def _positions(self) -> int:
+        engine = self._shared.engine
+        if engine is None:
+            raise Unavailable("the engine is being restarted")
+        return engine.capabilities.positions
+
+    # -- replies -------------------------------------------------------------------------------
+
+    async def _start(self, generation: Generation) -> None:
+        await self._stop_warming()
+        slot = generation.reply.slot
+        self._running[slot] = generation
+        self._shared.occupy(1)
+        generation.task = asyncio.create_task(self._run(generation), name=f"reply {slot}")
+
+    async def _run(self, generation: Generation) -> None:
+        """Run a reply; what became of it is looked at by :meth:`act`."""
+        slot, engine = generation.reply.slot, self._shared.engine
+        outcome: Outcome | None = None
+        try:
+            if engine is not None:
+                outcome = await generation.run(engine, self._shared.renderer.end_ids)
+        except EngineDied:
+            self._deaths[slot] = self._deaths.get(slot, 0) + 1
+            if engine is not None:
+                self._shared.lost_engine(engine)
+        except Unavailable as error:
+            logger.warning("reply %s waits: %s", slot, error)
+            await self._shared.surroundings.sleep(BUSY_S)
+        except Exception:
+            logger.exception("reply %s: a bug", slot)
+            outcome = Outcome(State.FAILED, "error", ("failed", "a bug; see the node's log"))
+        self._outcomes[slot] = outcome
+        self._wake()
+
+    async def _resume(self, slot: str) -> None:
+        """Go on with a reply that the document says is streaming (I3)."""
+        try:
+            generation = self._reopen(slot)
+        except (PromptTooLong, BadProof) as error:
+            await self._give_up(slot, *describe(error))
+            return
+        finish = generation.reply.finished(self._shared.renderer.end_ids)
+        if finish is not None:
+            await self._write_end(generation.reply, Outcome(State.DONE, finish))
+        elif self._deaths.get(slot, 0) >= ENGINE_DEATHS_MAX:
+            died = Outcome(State.FAILED, "error", ("engine-died", _DIED))
+            await self._write_end(generation.reply, died)
+        else:
+            await self._start(generation)
+
+    def _reopen(self, slot: str) -> Generation:
+        entry, transcript = self.work.present(slot), self.work.transcript
+        where = transcript.where(entry)
+        parent = self.work.conversation.tree.up(slot)
+        if not entry.sealed:  # nothing was flushed yet
+            return self._prepare(slot, parent, where)
+        hidden = transcript.hidden(entry)
+        if hidden is None:
+            raise BadProof("the reply was begun with another model and cannot go on with this one")
+        before = transcript.ids(parent)
+        reply = Reply.resume(entry, where, before, hidden, self._shared.vocabulary)
+        return self._generation(reply, parent)
+
+    async def _finish(self, slot: str, outcome: Outcome | None) -> None:
+        """A reply's task has ended: write its end, or let it be resumed."""
+        generation = self._running.pop(slot, None)
+        if generation is None:
+            return
+        self._shared.occupy(-1)
+        if outcome is not None:
+            await self._write_end(generation.reply, outcome)
+
+    async def _stop(self, slot: str) -> None:
+        """End a reply that somebody stopped, with what it has (I2)."""
+        generation = self._running.pop(slot, None)
+        if generation is not None:
+            self._shared.occupy(-1)
+            if generation.task is not None:
+                generation.task.cancel()
+                await asyncio.gather(generation.task, return_exceptions=True)
+            self._outcomes.pop(slot, None)
+        else:
+            try:
+                generation = self._reopen(slot)
+            except (PromptTooLong, BadProof) as error:
+                await self._give_up(slot, *describe(error))
+                return
+        await self._write_end(generation.reply, Outcome(State.STOPPED, "stopped"))
+
+    async def _write_end(self, reply: Reply, outcome: Outcome) -> None:
+        conversation, identity = self.work.conversation, self._shared.identity
+        now = self._shared.surroundings.clock_ms()
+        resident = len(reply.hidden.injected) + max(reply.sampled - 1, 0)
+        durable = self.work.write(
+            lambda writer: reply.end(
+                writer,
+                conversation,
+                identity,
+                state=outcome.state,
+                finish=outcome.finish,
+                now_ms=now,
+                error=outcome.error,
+            )
+        )
+        if not conversation.has(reply.slot, "redacted"):
+            self.work.transcript.keep(reply.slot, reply.hidden)
+            self.work.account.sampled(reply.slot, resident)
+        self._deaths.pop(reply.slot, None)
+        self._cold = reply.slot
+        await durable
+
+    async def _give_up(self, slot: str, code: str, message: str) -> None:
+        """End a placed reply of which nothing but its text can be read."""
+        entry, identity = self.work.present(slot), self._shared.identity
+        where = self.work.transcript.where(entry)
+        salt = identity.random(SALT_BYTES)
+        link = Link(
+            slot,
+            self.work.conversation.born_plain(slot),
+            commit_content(salt, entry.content),
+            reads=entry.reads,
+            state=State.FAILED,
+        )
+        proof = prove(
+            link,
+            parent=where.parent,
+            conversation=self._id,
+            epoch=where.epoch,
+            key=identity.key,
+        )
+
+        def write(writer: Writer) -> None:
+            if entry.redacted:
+                writer.set(slot, "proof", proof.plain())
+            else:
+                writer.proof(slot, salt, proof)
+            _fail(writer, slot, _failure(code, message))
+
+        await self.work.write(write)
+
+    # -- prefill on merge ----------------------------------------------------------------------
+
+    async def _warm(self, entry: str) -> None:
+        await self._stop_warming()
+        self._cold = None
+        self._warming = asyncio.create_task(self._prefill(entry), name=f"warm {entry}")
+
+    async def _stop_warming(self) -> None:
+        if self._warming is not None:
+            self._warming.cancel()
+            await asyncio.gather(self._warming, return_exceptions=True)
+            self._warming = None
+
+    async def _prefill(self, entry: str) -> None:
+        engine = self._shared.engine
+        if engine is None:
+            return
+        try:
+            ids = self.work.transcript.ids(entry)
+            if not ids or len(ids) > engine.capabilities.positions:
+                return  # nothing to read, or a slot behind it will say that it is too long
+            done = await engine.warm(ids)
+            path = self.work.path(entry)
+            self.work.account.computed(path, reused=done.reused, prompt=done.prompt)
+        except EngineDied:
+            self._shared.lost_engine(engine)
+        except (EngineBusy, PromptTooLong, BadProof) as error:
+            logger.info("conversation %s is not prefilled ahead: %s", self._id, error)
+        finally:
+            if self._warming is asyncio.current_task():
+                self._warming = None
+            self._wake()
+
+
+def _mark(writer: Writer, slots: tuple[str, ...], state: State) -> None:
+    for slot in slots:
+        writer.state(slot, state)
+
+
+def _fail(writer: Writer, slot: str, usage: Usage) -> None:
+    writer.state(slot, State.FAILED)
+    writer.usage(slot, usage)
+
+
+def _failure(code: str, message: str) -> Usage:
+    return Usage(finish="error", error_code=code, error_message=message)
