@@ -356,33 +356,29 @@ class Llama:
         sines = self._sines[chunk.position : end]
         rotated_heads = shape.heads + shape.kv_heads
         all_heads = rotated_heads + shape.kv_heads
+        epsilon = shape.norm_epsilon
         state = self._embedding[ids].float()
         for index, layer in enumerate(self._layers):
-            normed = self._normed(state, layer.attention_norm)
+            normed = _normed(state, layer.attention_norm, epsilon)
             vectors = layer.queries_keys_values(Rows.round(normed))
             vectors = vectors.view(rows, all_heads, shape.head_dim)
             rotated = vectors[:, :rotated_heads]
             if layer.head_norm is not None:
-                rotated.copy_(self._normed(rotated, layer.head_norm))
+                rotated.copy_(_normed(rotated, layer.head_norm, epsilon))
             turned = rotated.roll(shape.head_dim // 2, -1).mul_(sines)
             rotated.mul_(cosines).add_(turned)
             attended = attention(index, vectors[:, : shape.heads], vectors[:, shape.heads :])
             state += layer.output(Rows.round(attended))
-            gates = layer.gate_up(Rows.round(self._normed(state, layer.mlp_norm)))
+            gates = layer.gate_up(Rows.round(_normed(state, layer.mlp_norm, epsilon)))
             state += layer.down(Rows.round(_gated(gates)))
         last = pool.hidden[chunk.slots[-1]]
-        last[chunk.offset : chunk.offset + rows] = self._normed(state, self._norm)
+        last[chunk.offset : chunk.offset + rows] = _normed(state, self._norm, epsilon)
 
     def logits(self, pool: KvPool, slot: int, row: int) -> Tensor:
         """The logits that follow a resident row: float32, ``(vocabulary,)``."""
         return self._head(Rows.round(pool.hidden[slot, row : row + 1].float()))[0]
 
     # -- inside --------------------------------------------------------------------------------
-
-    def _normed(self, state: Tensor, gain: Tensor) -> Tensor:
-        """RMS norm (Zhang and Sennrich, 2019) over the last dimension."""
-        mean = state.square().mean(-1, keepdim=True)
-        return state.mul(mean.add_(self.shape.norm_epsilon).rsqrt_()).mul_(gain)
 
     def _read_layer(self, weights: Weights, prefix: str) -> Layer:
         shape = self.shape
@@ -434,6 +430,12 @@ class Llama:
 
 SLOTS_MIN = 2
 """A path that leaves a tile in the middle needs the tile and its copy."""
+
+
+def _normed(state: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """RMS norm (Zhang and Sennrich, 2019) over the last dimension."""
+    mean = state.square().mean(-1, keepdim=True)
+    return state.mul(mean.add_(epsilon).rsqrt_()).mul_(gain)
 
 
 def _gated(gates: Tensor) -> Tensor:

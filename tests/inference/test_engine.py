@@ -262,14 +262,14 @@ def test_a_cancelled_neighbour_leaves_no_trace(empty: TorchEngine) -> None:
     assert 2 not in run.events
 
 
-@pytest.mark.parametrize("heads", [(4, 1, 16), (1, 1, 16), (2, 2, 32), (8, 2, 8)])
+@pytest.mark.parametrize("heads", [(4, 1, 64), (1, 1, 16), (2, 2, 32), (8, 2, 8)])
 def test_other_shapes_of_heads_are_exact_too(
     tiny_model_dir: Path, tmp_path: Path, heads: tuple[int, int, int]
 ) -> None:
     folder = reshaped_model(tiny_model_dir, tmp_path / "model", heads)
     other = TorchEngine(folder, KV_BYTES)
     expected = digest(other, TEXT[:300])
-    for threads in (1, 2):
+    for threads in (1, 3):  # with three the matrix library splits what one head asks for
         torch.set_num_threads(threads)
         try:
             stepwise = fresh(other)
