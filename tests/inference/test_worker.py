@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -288,7 +289,12 @@ def test_the_worker_ends_when_its_parent_is_killed_in_mid_prefill(tiny_model_dir
 
 
 def open_files(process: str) -> set[Path]:
-    return {link.readlink() for link in Path(f"/proc/{process}/fd").iterdir()}
+    """What a process has open. The descriptor that lists them is gone when it is looked at."""
+    files = set()
+    for link in Path(f"/proc/{process}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            files.add(link.readlink())
+    return files
 
 
 async def test_the_worker_inherits_nothing_but_its_pipes(tiny_model_dir: Path) -> None:
