@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from filelock import FileLock, Timeout
@@ -21,7 +21,7 @@ from crdt_llm.cli.folders import DataFolder
 from crdt_llm.document.chain import lease_message
 from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.document.seal import Sealer
-from crdt_llm.errors import DataFolderBusy
+from crdt_llm.errors import DataFolderBusy, ModelUnusable, Unavailable
 from crdt_llm.inference.models import resolve
 from crdt_llm.inference.node import Node
 from crdt_llm.inference.process import EngineProcess
@@ -35,7 +35,7 @@ from crdt_llm.sync.hub import Hub
 from crdt_llm.sync.relay import Relay
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from crdt_llm.inference.engine import Engine
@@ -47,6 +47,8 @@ logger = logging.getLogger("crdt_llm.cli")
 SWITCH_INTERVAL_S: Final = 0.001
 EPOCH: Final = 1  # one node for good: nobody else can hold the lease of an embedded one
 NODE: Final = "node"
+ENGINE_RETRY_FIRST_S: Final = 0.2  # whatever ended its start may be over in a moment
+ENGINE_RETRY_MAX_S: Final = 10.0  # soon enough for whoever has made room for it
 
 
 def lock_folder(folder: DataFolder) -> FileLock:
@@ -130,10 +132,37 @@ def _loopback_url(host: str, port: int) -> str:
     return f"http://[{shown}]:{port}/" if ":" in shown else f"http://{shown}:{port}/"
 
 
-async def _start_node(node: Node, hub: Hub) -> None:
+@contextmanager
+def _naming(model_dir: Path) -> Iterator[None]:
+    """Say which model it is that cannot be used, if the error does not."""
+    try:
+        yield
+    except ModelUnusable as error:
+        if str(model_dir) in str(error):
+            raise
+        raise ModelUnusable(f"{model_dir}: {error}") from error
+
+
+async def _start_engine(node: Node) -> None:
+    """Start the engine. A process that dies is started again: the relay serves meanwhile."""
+    wait_s = ENGINE_RETRY_FIRST_S
+    while True:
+        try:
+            await node.start()
+        except Unavailable as error:
+            node.problem = f"the engine does not start: {error}"
+            logger.warning("%s; next attempt in %.1f s", node.problem, wait_s)
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, ENGINE_RETRY_MAX_S)
+        else:
+            logger.info("the engine is ready")
+            return
+
+
+async def _start_node(node: Node, hub: Hub, model_dir: Path) -> None:
     """Start the engine, then look at every conversation: a crash may have cut replies short."""
-    await node.start()
-    logger.info("the engine is ready")
+    with _naming(model_dir):
+        await _start_engine(node)
     hub.subscribe(node.notice)
     for stored in await hub.conversations():
         await node.visit(stored.conversation)
@@ -162,7 +191,10 @@ async def serve(folder: DataFolder, *, host: str, port: int, model_dir: Path | N
         log = await SqliteLog.open(folder.log)
         stack.push_async_callback(log.close)
         hub = Hub(log)
-        node = None if model_dir is None else make_node(folder, hub, model_dir)
+        node = None
+        if model_dir is not None:
+            with _naming(model_dir):
+                node = make_node(folder, hub, model_dir)
         relay = Relay(
             hub,
             authenticate=TokenAccess(token).authenticate,
@@ -173,9 +205,10 @@ async def serve(folder: DataFolder, *, host: str, port: int, model_dir: Path | N
         await relay.start(host, port)
         signalled = loop.create_task(stopping.wait(), name="until a signal")
         waiting: set[asyncio.Task[Any]] = {signalled}
-        if node is not None:
+        if node is not None and model_dir is not None:
             stack.push_async_callback(node.close)
-            waiting.add(loop.create_task(_start_node(node, hub), name="node start"))
+            starting = _start_node(node, hub, model_dir)
+            waiting.add(loop.create_task(starting, name="node start"))
         url = _loopback_url(*relay.address)
         secret = f"?token={token}" if sys.stdout.isatty() else ""
         sys.stdout.write(f"ready {url}{secret}\n")
