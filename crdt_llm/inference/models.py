@@ -88,10 +88,10 @@ def resolve(
     if name == DEFAULT_MODEL:
         return fetch_default(cache, fetch=fetch, report=report)
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():  # no name is not the current folder
         check_folder(folder)
         return folder
-    if folder.exists():
+    if name and folder.exists():
         raise ModelUnusable(f"{name} is a file; --model takes a folder of a transformers model")
     if not _HUB_ID.fullmatch(name):
         raise ModelUnusable(
