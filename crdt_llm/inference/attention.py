@@ -4,10 +4,14 @@ Owns how the rows of a chunk attend to the KV of a path: which kernel calls, in 
 how their results are put together. It knows no weights and no token ids; slots come from outside.
 
 Every kernel call has a shape that is fixed by absolute positions alone: the query rows
-``[b * QUERY_BLOCK, (b + 1) * QUERY_BLOCK)`` form a block, filled up with zero rows where the chunk
-has no row, and a block meets each tile of ``TILE`` keys on its own. Chunks, neighbours and forks
-change how many such products there are, never what one of them looks like. Tiles are put together
-by their log-sum-exp, one after the other in the order of positions.
+``[b * block, (b + 1) * block)`` form a block, filled up with zero rows where the chunk has no row,
+and a block meets each tile of ``TILE`` keys on its own. Chunks, neighbours and forks change how
+many such products there are, never what one of them looks like. Tiles are put together by their
+log-sum-exp, one after the other in the order of positions.
+
+The result is by definition that of small blocks, which suit the decode step. A prefill is twice as
+fast in larger ones; they are used where :func:`wide_blocks_agree` has found, on this machine and
+for the shapes of this model, that they give the same bits.
 
 Sources: the split over keys is Flash-Decoding (Dao et al., 2023); the query heads of one KV head
 stand side by side as query rows, which is what makes one new token cheap on a CPU.
@@ -29,10 +33,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-QUERY_BLOCK = 2
-"""Query rows of a block. One row costs as much as its whole block, so a larger block slows the
-decode step; a smaller one slows the prefill, which meets the same keys once a block. With three
-query heads a KV head, two rows cost what one costs. It divides TILE: a block ends in one tile."""
+PRODUCT_ROWS_MIN = 4
+"""Rows that a product has at least. With fewer, matrix libraries take a kernel of another kind,
+which adds in another order and is no faster."""
+
+WIDE_BLOCK = 8
+"""Query rows of a block in a prefill. It divides TILE: a block ends in one tile. Wider ones are a
+few per cent faster still, and a waste for short chunks."""
+
+WIDE_ROWS_MIN = 4
+"""From so many rows on a chunk is computed in wide blocks."""
 
 KV_DTYPE = torch.bfloat16
 """What keys and values are kept in: half the memory of float32, and as fast in the kernel."""
@@ -121,25 +131,26 @@ class TiledAttention:
         pool: where the KV is.
         chunk: the rows.
         heads: query heads; a multiple of the pool's KV heads.
-        scale: what scores are multiplied by.
+        block: query rows of a block: :func:`small_block`, or ``WIDE_BLOCK`` where it agrees.
     """
 
-    def __init__(self, pool: KvPool, chunk: Chunk, heads: int, scale: float) -> None:
+    def __init__(self, pool: KvPool, chunk: Chunk, heads: int, block: int) -> None:
         self._pool = pool
         self._chunk = chunk
-        self._scale = scale
+        self._block = block
         self._group = heads // pool.kv_heads
-        self._skipped = chunk.offset % QUERY_BLOCK  # rows of the first block before the chunk
-        self._blocks = -(-(self._skipped + chunk.rows) // QUERY_BLOCK)
+        self._scale = pool.kv.shape[-1] ** -0.5
+        self._skipped = chunk.offset % block  # rows of the first block before the chunk
+        self._blocks = -(-(self._skipped + chunk.rows) // block)
         self._runs = _runs(chunk.slots[:-1])
         # With one product in all the kernel is called outside of its parallel region, where the
         # matrix library may split it over threads: another order of additions. So there are two.
         self._copies = 2 if self._blocks * pool.kv_heads == 1 else 1
         first = chunk.offset - self._skipped
-        rows = torch.arange(first, first + self._blocks * QUERY_BLOCK).view(-1, QUERY_BLOCK, 1, 1)
+        rows = torch.arange(first, first + self._blocks * block).view(-1, block, 1, 1)
         hidden = (torch.arange(TILE) > rows).expand(-1, -1, self._group, -1)
         mask = torch.zeros(hidden.shape, dtype=KV_DTYPE).masked_fill_(hidden, float("-inf"))
-        self._mask = mask.reshape(self._blocks, 1, QUERY_BLOCK * self._group, TILE)
+        self._mask = mask.reshape(self._blocks, 1, block * self._group, TILE)
         if self._copies > 1:
             self._mask = self._mask.expand(self._copies, -1, -1, -1)
 
@@ -204,20 +215,54 @@ class TiledAttention:
         return output, log_sum
 
     def _to_blocks(self, queries: Tensor) -> Tensor:
-        """``(rows, heads, d)`` to bfloat16 ``(blocks, kv_heads, QUERY_BLOCK * group, d)``."""
+        """``(rows, heads, d)`` to bfloat16 ``(blocks, kv_heads, block * group, d)``."""
         _, heads, head_dim = queries.shape
-        padded = torch.zeros(self._blocks * QUERY_BLOCK, heads, head_dim, dtype=KV_DTYPE)
+        padded = torch.zeros(self._blocks * self._block, heads, head_dim, dtype=KV_DTYPE)
         padded[self._skipped : self._skipped + self._chunk.rows] = queries
         kv_heads = self._pool.kv_heads
-        split = padded.view(self._blocks, QUERY_BLOCK, kv_heads, self._group, head_dim)
+        split = padded.view(self._blocks, self._block, kv_heads, self._group, head_dim)
         return split.transpose(1, 2).reshape(self._blocks, kv_heads, -1, head_dim)
 
     def _from_blocks(self, blocks: Tensor) -> Tensor:
         """The way back, without the rows that were filled up."""
         head_dim = blocks.shape[-1]
-        split = blocks.view(self._blocks, self._pool.kv_heads, QUERY_BLOCK, self._group, head_dim)
-        rows = split.transpose(1, 2).reshape(self._blocks * QUERY_BLOCK, -1)
+        split = blocks.view(self._blocks, self._pool.kv_heads, self._block, self._group, head_dim)
+        rows = split.transpose(1, 2).reshape(self._blocks * self._block, -1)
         return rows[self._skipped : self._skipped + self._chunk.rows]
+
+
+def small_block(heads: int, kv_heads: int) -> int:
+    """The query rows of the blocks that define the result: 1, 2 or 4.
+
+    One row costs as much as its whole block, so a block is no larger than a product needs.
+    """
+    block = 1
+    while block * (heads // kv_heads) < PRODUCT_ROWS_MIN:
+        block *= 2
+    return block
+
+
+def wide_blocks_agree(heads: int, kv_heads: int, head_dim: int) -> bool:
+    """Whether blocks of ``WIDE_BLOCK`` rows give the bits of small ones, here and for this shape.
+
+    Which kernel a matrix library takes depends on the shape of a product, not on its values, and
+    there are two shapes: so random values tell. Every row of a block is compared, in a tile that
+    is masked and in one that is not.
+    """
+    generator = torch.Generator().manual_seed(1)
+    pool = KvPool(2, 1, kv_heads, head_dim, 1)
+    pool.kv.copy_(torch.randn(pool.kv.shape, generator=generator))
+    for offset in range(0, TILE, 4 * WIDE_BLOCK):
+        chunk = Chunk(TILE + offset, 2 * WIDE_BLOCK, (0, 1))
+        queries = torch.randn(chunk.rows, heads, head_dim, generator=generator) * 2
+        keys_values = torch.randn(chunk.rows, 2 * kv_heads, head_dim, generator=generator)
+        small, wide = (
+            TiledAttention(pool, chunk, heads, block)(0, queries, keys_values)
+            for block in (small_block(heads, kv_heads), WIDE_BLOCK)
+        )
+        if not torch.equal(small, wide):
+            return False
+    return True
 
 
 def _runs(slots: Sequence[int]) -> list[tuple[int, int]]:

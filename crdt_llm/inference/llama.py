@@ -30,7 +30,15 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 
 from crdt_llm.errors import ModelUnusable
-from crdt_llm.inference.attention import KV_DTYPE, KvPool, TiledAttention
+from crdt_llm.inference.attention import (
+    KV_DTYPE,
+    WIDE_BLOCK,
+    WIDE_ROWS_MIN,
+    KvPool,
+    TiledAttention,
+    small_block,
+    wide_blocks_agree,
+)
 from crdt_llm.inference.quantised import WEIGHT_FORMAT, Int8Linear, Rows, check_integer_product
 
 if TYPE_CHECKING:
@@ -309,6 +317,9 @@ class Llama:
         self.fingerprint = fingerprint(folder, config)
         weights = Weights(folder)
         shape = self.shape
+        self._small_block = small_block(shape.heads, shape.kv_heads)
+        wide = wide_blocks_agree(shape.heads, shape.kv_heads, shape.head_dim)
+        self._wide_block = WIDE_BLOCK if wide else self._small_block
         table_shape = (shape.vocabulary, shape.hidden)
         self._embedding = weights.take("model.embed_tokens.weight", *table_shape)
         self._layers = [
@@ -350,7 +361,8 @@ class Llama:
         """
         shape = self.shape
         rows = chunk.rows
-        attention = TiledAttention(pool, chunk, shape.heads, shape.head_dim**-0.5)
+        block = self._wide_block if rows >= WIDE_ROWS_MIN else self._small_block
+        attention = TiledAttention(pool, chunk, shape.heads, block)
         end = chunk.position + rows
         cosines = self._cosines[chunk.position : end]
         sines = self._sines[chunk.position : end]

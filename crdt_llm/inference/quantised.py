@@ -13,7 +13,7 @@ fastest kernel may be chosen for each number of rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -41,8 +41,7 @@ PEAK_MIN = 1e-30
 ACCUMULATOR_MAX = 2**31 - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """Rows rounded to two planes: ``row = (high * PLANE + low) * scale``.
 
     Args:

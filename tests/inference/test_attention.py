@@ -10,7 +10,14 @@ import torch
 
 from crdt_llm.errors import LocalMisuse
 from crdt_llm.inference import attention
-from crdt_llm.inference.attention import Chunk, KvPool, TiledAttention
+from crdt_llm.inference.attention import (
+    WIDE_BLOCK,
+    Chunk,
+    KvPool,
+    TiledAttention,
+    small_block,
+    wide_blocks_agree,
+)
 from crdt_llm.inference.kv import TILE
 
 if TYPE_CHECKING:
@@ -30,7 +37,10 @@ def threads_as_before() -> Iterator[None]:
 
 
 def attend(
-    heads: tuple[int, int, int], ends: Sequence[int], slots: Sequence[int] = (0, 1, 2)
+    heads: tuple[int, int, int],
+    ends: Sequence[int],
+    slots: Sequence[int] = (0, 1, 2),
+    block: int | None = None,
 ) -> torch.Tensor:
     """All rows of one random text, whose chunks end at ``ends`` and at the ends of tiles."""
     query_heads, kv_heads, head_dim = heads
@@ -42,7 +52,8 @@ def attend(
     edges = sorted({0, TILE, 2 * TILE, LENGTH, *ends})
     for start, end in itertools.pairwise(edges):
         chunk = Chunk(start, end - start, slots[: start // TILE + 1])
-        attended = TiledAttention(pool, chunk, query_heads, head_dim**-0.5)
+        rows = block or small_block(query_heads, kv_heads)
+        attended = TiledAttention(pool, chunk, query_heads, rows)
         outputs.append(attended(1, queries[start:end], keys_values[start:end]))
     return torch.cat(outputs)
 
@@ -84,6 +95,46 @@ def test_no_cut_and_no_thread_leaves_a_trace(
     whole = attend(heads, [])
     torch.set_num_threads(threads)
     assert torch.equal(attend(heads, list(CUTS[cut])), whole)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("cut", list(CUTS))
+def test_wide_blocks_are_used_only_if_they_leave_no_trace(
+    heads: tuple[int, int, int], threads: int, cut: str
+) -> None:
+    if not wide_blocks_agree(*heads):
+        pytest.skip("on this machine wide blocks differ, so the engine does not use them")
+    expected = attend(heads, [])
+    torch.set_num_threads(threads)
+    assert torch.equal(attend(heads, list(CUTS[cut]), block=WIDE_BLOCK), expected)
+
+
+def test_a_product_of_few_rows_is_found_to_disagree(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wide_blocks_agree(3, 1, 64)
+    product = TiledAttention._product
+
+    def other_for_few_rows(
+        self: TiledAttention,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        output, log_sum = product(self, queries, keys, values, mask)
+        if queries.shape[2] < 8:
+            output[..., -1, 5] *= 1.01
+        return output, log_sum
+
+    monkeypatch.setattr(TiledAttention, "_product", other_for_few_rows)
+    assert not wide_blocks_agree(3, 1, 64)
+
+
+@pytest.mark.parametrize(("heads", "rows"), [((1, 1), 4), ((2, 1), 2), ((9, 3), 2), ((8, 2), 1)])
+def test_a_small_block_has_as_many_rows_as_a_product_needs(
+    heads: tuple[int, int], rows: int
+) -> None:
+    assert small_block(*heads) == rows
 
 
 def test_where_the_slots_lie_leaves_no_trace() -> None:
