@@ -47,6 +47,23 @@ const say = (text, role) => {
   })
 }
 
+// An entry and the slot behind it, in one transaction, as SCHEMA.md has them.
+const ask = (text, params) => {
+  const known = line()
+  const slot = ulid()
+  doc.transact(() => {
+    say(text, 'user')
+    const user = line().at(-1)
+    const entry = new Y.Map()
+    entry.set('born', {
+      role: 'assistant', author: owner, device: 'browser', at: Date.now(),
+      clock: (known.at(-1)?.born.clock ?? 0) + 2, mode: 'continue', after: user.id, params
+    })
+    entries.set(slot, entry)
+  })
+  return slot
+}
+
 // Resolves once `holds` does; looks again after every change of the document or the connection.
 let waiting = []
 const look = () => { waiting = waiting.filter(({ holds, done }) => !holds() || done()) }
@@ -84,6 +101,19 @@ const requests = {
   synced: () => until(() => provider.synced),
   unsynced: () => until(() => !provider.synced),
   say: ({ text, role }) => say(text, role ?? 'user'),
+  ask: ({ text, params }) => ask(text, params),
+  // Waits for the end of a reply; `steps` are the lengths of its text as it grew.
+  reply: async ({ slot }) => {
+    const steps = []
+    await until(() => {
+      const entry = entries.get(slot)
+      const length = entry?.get('content')?.length ?? 0
+      if (length && length !== steps.at(-1)) steps.push(length)
+      return ['done', 'stopped', 'failed'].includes(entry?.get('state'))
+    })
+    const entry = entries.get(slot)
+    return { steps, text: String(entry.get('content')), state: entry.get('state'), usage: entry.get('usage') }
+  },
   forge: () => meta.set('no-such-key', 'forged'),
   texts: async ({ count }) => {
     await until(() => entries.size >= count)
