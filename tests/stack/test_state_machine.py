@@ -54,7 +54,7 @@ KILL: Final = 37  # of a hundred: an engine takes seconds to start, and Hypothes
 names = st.sampled_from(DEVICES)
 asked = st.fixed_dictionaries(
     {
-        "max_tokens": st.integers(1, 14),
+        "max_tokens": st.integers(1, 30),
         "temperature": st.sampled_from((0.0, 0.7)),
         "ignore_eos": st.booleans(),
         "stop": st.sampled_from(((), ("e",), ("ab", "b c"))),
@@ -144,6 +144,13 @@ class Stack(RuleBasedStateMachine):
     @rule(name=names, text=st.text("ab é🧀", max_size=6), params=asked)
     def ask(self, name: str, text: str, params: dict[str, Any]) -> None:
         self.loop.run(self.at(name).write(lambda c: c.ask(text, **params)))
+
+    @rule(name=names, params=asked, seconds=st.sampled_from((0.3, 0.5)))
+    def ask_and_hear_the_beginning(self, name: str, params: dict[str, Any], seconds: float) -> None:
+        """So that what happens next often happens in the middle of a reply."""
+        params |= {"max_tokens": 40, "ignore_eos": True, "stop": ()}
+        self.loop.run(self.at(name).write(lambda c: c.ask("go on", **params)))
+        self.loop.run(asyncio.sleep(seconds))
 
     @rule(params=asked)
     def ask_at_once(self, params: dict[str, Any]) -> None:
