@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from crdt_llm.errors import ModelUnusable, Unavailable
 from crdt_llm.inference.desk import RETRY_FIRST_S, RETRY_MAX_S, Desk
+from crdt_llm.inference.turns import Turns
 
 if TYPE_CHECKING:
     from crdt_llm.inference.engine import Engine
@@ -51,6 +52,7 @@ class Node:
         self.identity = identity
         self.engine: Engine | None = None
         self.problem: str | None = "the engine is starting"
+        self.turns = Turns()
         self._running = 0
         self._desks: dict[str, tuple[Desk, asyncio.Task[None]]] = {}
         self._restarting: asyncio.Task[None] | None = None

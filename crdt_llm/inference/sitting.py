@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from crdt_llm.inference.reply import Identity
     from crdt_llm.inference.seat import Surroundings
     from crdt_llm.inference.tokens import Vocabulary
+    from crdt_llm.inference.turns import Turns
     from crdt_llm.inference.workplace import Workplace
 
 logger = logging.getLogger("crdt_llm.inference")
@@ -68,6 +69,7 @@ class Shared(Protocol):
     vocabulary: Vocabulary
     identity: Identity
     engine: Engine | None
+    turns: Turns
 
     @property
     def capacity(self) -> int:
@@ -282,18 +284,21 @@ class Sitting:
 
     async def _run(self, generation: Generation) -> None:
         """Run a reply; what became of it is looked at by :meth:`act`."""
-        slot, engine = generation.reply.slot, self._shared.engine
+        slot, shared = generation.reply.slot, self._shared
+        engine: Engine | None = None
         outcome: Outcome | None = None
         try:
-            if engine is not None:
-                outcome = await generation.run(engine, self._shared.renderer.end_ids)
+            async with shared.turns.taken(alone=slot in self._deaths):
+                engine = shared.engine
+                if engine is not None:
+                    outcome = await generation.run(engine, shared.renderer.end_ids)
         except EngineDied:
             self._deaths[slot] = self._deaths.get(slot, 0) + 1
             if engine is not None:
-                self._shared.lost_engine(engine)
+                shared.lost_engine(engine)
         except Unavailable as error:
             logger.warning("reply %s waits: %s", slot, error)
-            await self._shared.surroundings.sleep(BUSY_S)
+            await shared.surroundings.sleep(BUSY_S)
         except Exception:
             logger.exception("reply %s: a bug", slot)
             outcome = Outcome(State.FAILED, "error", ("failed", "a bug; see the node's log"))
@@ -373,8 +378,9 @@ class Sitting:
         if not conversation.has(reply.slot, "redacted"):
             self.work.transcript.keep(reply.slot, reply.hidden)
             self.work.account.sampled(reply.slot, resident)
-        self._deaths.pop(reply.slot, None)
-        self._cold = reply.slot
+        # What an engine dies of is not read ahead: whoever asks again takes that upon them.
+        suspect = self._deaths.pop(reply.slot, None)
+        self._cold = None if suspect else reply.slot
         await durable
 
     async def _give_up(self, slot: str, code: str, message: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
@@ -137,10 +137,9 @@ class Serving:
         return self.folder.token.read_text().strip()
 
     @property
-    def worker(self) -> int:
-        """The process id of its engine; there must be one."""
-        (worker,) = psutil.Process(self.running.pid).children()
-        return worker.pid
+    def workers(self) -> list[int]:
+        """The process ids of its engine: one, or none between a death and a new start."""
+        return [child.pid for child in psutil.Process(self.running.pid).children()]
 
     def client(self, device: str = "phone", **options: Any) -> Client:
         return Client(self.url, token=self.token, device=device, **options)

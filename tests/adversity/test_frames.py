@@ -80,7 +80,7 @@ def _mutation(seed: int) -> bytes:
     return encode(SyncUpdate(bytes(update)))
 
 
-FINAL = {
+FINAL: dict[str, list[bytes] | list[str]] = {
     "truncated": _truncations(),
     "unknown": [b"\x04", b"\x7f\x00", b"\x00\x03\x00", b"\x02\x01\x00", b"\xff" * 9],
     "left over": [encode(SyncStep1(b"\x00")) + b"\x00", b"\x03\x03"],

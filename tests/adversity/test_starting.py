@@ -135,9 +135,9 @@ async def test_one_damaged_conversation_is_told_so_and_the_others_go_on(
                 await known_to_the_relay(conversation, serving)
         assert await serving.stop() == 0
         raw = serving.folder.log.read_bytes()
-        text = b"a text of the damaged conversation"
-        assert text in raw
-        serving.folder.log.write_bytes(raw.replace(text, text.swapcase()))
+        stored = b"a text of the damaged conversation"
+        assert stored in raw
+        serving.folder.log.write_bytes(raw.replace(stored, stored.swapcase()))
         serving.start()
         async with serving.client() as client:
             again = await client.open(intact.id)
