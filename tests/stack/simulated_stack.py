@@ -51,6 +51,9 @@ BEGINNING_MS: Final = 1_700_000_000_000
 ANSWER_S: Final = 0.0213
 """What each token takes on the simulated clock: two or three of them make a flush."""
 
+COMMIT_S: Final = (0.0, 0.001, 0.017)
+SLOW_COMMIT_S: Final = (0.1, 0.4)
+
 OUTSIDE_S_MAX: Final = 120.0
 """Real seconds after which an engine that says nothing hangs; starting one takes a few."""
 
@@ -270,7 +273,7 @@ class Server:
         self._ticking = asyncio.create_task(self._tick(), name="tick")
 
     async def _seam(self, seam: MemorySeam) -> None:
-        await asyncio.sleep(self._world.random.choice((0.0, 0.001, 0.017)))
+        await asyncio.sleep(self._world.random.choice(self._world.commit_s))
         if seam == "before-commit" and self._world.disk_fails:
             raise StoreFailed("the disk is full")
 
@@ -339,6 +342,7 @@ class World:
         self.network = Network(self.random)
         self.disk = MemoryDisk("relay")
         self.disk_fails = False
+        self.commit_s: tuple[float, ...] = COMMIT_S
         self.devices = {name: Device(name, self) for name in DEVICES}
         keys = Random(f"keys {seed}")
         self.sealer = Sealer(keys.randbytes(32), self.random.randbytes)
@@ -396,6 +400,7 @@ class World:
         self.network.noise = 0.0
         self.network.cut_off.clear()
         self.disk_fails = False
+        self.commit_s = COMMIT_S
         await self.server.start_node()
         for device in self.devices.values():
             device.conversation.resume()

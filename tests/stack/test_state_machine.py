@@ -27,7 +27,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from stack.simulated_stack import DEVICES, RELAY_KEY, House, World
+from stack.simulated_stack import COMMIT_S, DEVICES, RELAY_KEY, SLOW_COMMIT_S, House, World
 
 from crdt_llm.document.chain import verify_path
 from crdt_llm.document.conversation import Conversation
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from crdt_llm.inference.process import EngineProcess
     from crdt_llm.sync.client import OpenConversation, Sampling
 
-EXAMPLES: Final = int(os.environ.get("CRDT_LLM_STACK_EXAMPLES", "12"))
+EXAMPLES: Final = int(os.environ.get("CRDT_LLM_STACK_EXAMPLES", "30"))
 STEPS: Final = int(os.environ.get("CRDT_LLM_STACK_STEPS", "25"))
 KILL: Final = 37  # of a hundred: an engine takes seconds to start, and Hypothesis likes the ends
 
@@ -252,13 +252,16 @@ class Stack(RuleBasedStateMachine):
 
     @rule()
     def crash_server(self) -> None:
-        self.check_received()
         self.loop.run(self.here.crash_server())
-        self.check_received()
 
     @rule(fails=st.booleans())
     def break_disk(self, *, fails: bool) -> None:
         self.here.disk_fails = fails
+
+    @rule(slow=st.booleans())
+    def slow_disk(self, *, slow: bool) -> None:
+        """So that crashes find commits half way, and writes queue up behind them."""
+        self.here.commit_s = SLOW_COMMIT_S if slow else COMMIT_S
 
     @rule(comes_back=st.booleans())
     def stop_node(self, *, comes_back: bool) -> None:
@@ -293,10 +296,13 @@ class Stack(RuleBasedStateMachine):
             for device in self.world.devices.values():
                 self.agreement.look(device.document)
 
-    def check_received(self) -> None:
-        """Whatever a device has that it did not write itself is on the relay's disk."""
-        durable = decode_state_vector(self.here.durable().state_vector())
-        for device in self.here.devices.values():
+    @invariant()
+    def what_a_device_was_sent_is_durable(self) -> None:
+        """A crash at any moment takes nothing that anybody has seen."""
+        if self.world is None:
+            return
+        durable = decode_state_vector(self.world.durable().state_vector())
+        for device in self.world.devices.values():
             for client, clock in decode_state_vector(device.document.state_vector()).items():
                 known = client in device.own_clients or durable.get(client, 0) >= clock
                 assert known, f"{device.name} was sent what is not durable"
