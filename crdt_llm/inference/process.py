@@ -70,6 +70,7 @@ class EngineProcess:
         # Nothing but the two pipes is inherited: no socket, no lock.
         process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # else `-m` imports from the current folder first: any numpy.py there would run
             "-m",
             "crdt_llm.inference.worker",
             *arguments,

