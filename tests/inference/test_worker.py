@@ -10,8 +10,8 @@ import subprocess
 import sys
 import textwrap
 import threading
-from dataclasses import replace
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,17 +119,21 @@ async def test_closing_the_iterator_in_mid_reply_cancels(engine: EngineProcess) 
             break
     await events.aclose()
     measured = await idle(engine)
-    assert measured.resident_tokens < 1000
+    assert measured.resident_tokens < len(PROMPT) + 1900
 
 
 async def test_cancelling_in_mid_prefill_keeps_what_was_computed(engine: EngineProcess) -> None:
+    # Others take turns with it, so that the prefill lasts however slowly this process is run.
+    others = [asyncio.create_task(engine.warm([first, *LONG])) for first in range(200, 206)]
     warming = asyncio.create_task(engine.warm(LONG))
-    while not (await engine.measure()).resident_tokens >= 64:
+    while (await engine.measure()).resident_tokens < 7 * 64:
         pass
     warming.cancel()
     with pytest.raises(asyncio.CancelledError):
         await warming
-    resident = (await idle(engine)).resident_tokens
+    await asyncio.gather(*others)
+    measured = await idle(engine)
+    resident = measured.resident_tokens - 6 * (len(LONG) + 1)
     assert 64 <= resident < len(LONG)
     assert resident % 64 == 0
     assert await engine.warm(LONG) == Prefilled(len(LONG), resident, len(LONG) - resident)
@@ -155,7 +159,8 @@ async def test_death_raises_for_every_pending_call(engine: EngineProcess) -> Non
 
 async def test_closing_raises_for_pending_calls_and_closes_once(tiny_model_dir: Path) -> None:
     engine = await start(tiny_model_dir)
-    pending = asyncio.create_task(engine.warm(LONG))
+    endless = SamplingParams(1900, ignore_eos=True)
+    pending = asyncio.create_task(collect(engine, PROMPT, endless, len(PROMPT)))
     while not (await engine.measure()).requests:
         pass
     await engine.close()
