@@ -57,6 +57,8 @@ def _report(line: str) -> None:
 def _row(one: Replayed) -> str:
     if one.problem is not None:
         return f"{one.entry}  not replayed: {one.problem}"
+    if one.skipped is not None:
+        return f"{one.entry}  skipped: {one.skipped}"
     verdict = "exact" if one.exact else f"differs at token {one.equal}"
     model = "" if one.same_model else "  (made by another build of the model)"
     return f"{one.entry}  prompt {one.prompt:>6}  tokens {one.recorded:>5}  {verdict}{model}"

@@ -21,7 +21,7 @@ from crdt_llm.cli.folders import DataFolder
 from crdt_llm.document.chain import lease_message
 from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.document.seal import Sealer
-from crdt_llm.errors import DataFolderBusy, ModelUnusable, Unavailable
+from crdt_llm.errors import Corrupt, DataFolderBusy, ModelUnusable, Unavailable
 from crdt_llm.inference.models import resolve
 from crdt_llm.inference.node import Node
 from crdt_llm.inference.process import EngineProcess
@@ -47,6 +47,7 @@ logger = logging.getLogger("crdt_llm.cli")
 SWITCH_INTERVAL_S: Final = 0.001
 EPOCH: Final = 1  # one node for good: nobody else can hold the lease of an embedded one
 NODE: Final = "node"
+KEYS: Final = ("relay", "node", "master")
 ENGINE_RETRY_FIRST_S: Final = 0.2  # whatever ended its start may be over in a moment
 ENGINE_RETRY_MAX_S: Final = 10.0  # soon enough for whoever has made room for it
 
@@ -83,6 +84,25 @@ class _Seat:
 
     async def leave(self) -> None:
         self._membership.leave()
+
+
+def _check_keys(folder: DataFolder) -> None:
+    """Make the keys of a new folder; of one that is in use, none may be missing.
+
+    A key made anew would lock everyone out of what was sealed and signed with the old one.
+
+    Raises:
+        Corrupt: conversations are there and a key is not.
+    """
+    paths = [folder.key(name) for name in KEYS]
+    missing = [path for path in paths if not path.exists()]
+    if missing and folder.log.exists():
+        raise Corrupt(
+            f"the key {missing[0]} is missing beside the conversations in {folder.log}: put it "
+            "back, or begin anew with another folder (--data)"
+        )
+    for path in paths:
+        load_or_create_secret(path)
 
 
 def now_ms() -> int:
@@ -187,6 +207,7 @@ async def serve(folder: DataFolder, *, host: str, port: int, model_dir: Path | N
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stopping.set)
     async with AsyncExitStack() as stack:
+        _check_keys(folder)
         token = load_or_create_token(folder.token)
         log = await SqliteLog.open(folder.log)
         stack.push_async_callback(log.close)

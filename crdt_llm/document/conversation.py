@@ -471,6 +471,10 @@ class Conversation:
         for update in sealed:
             self._doc.apply_update(update)
 
+    def release_seal(self) -> None:
+        """Let go of the second replica that sealed fields are written in, until it is needed."""
+        self._seal = None
+
     def _check_idle(self) -> None:
         if self._busy:
             raise LocalMisuse("a replica was used while one of its transactions was open")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
@@ -132,6 +132,10 @@ class Where:
     epoch: int
     chunk: int
 
+    def at(self, chunk: int) -> Where:
+        """The place of another chunk of the same reply."""
+        return replace(self, chunk=chunk)
+
     def associated(self) -> bytes:
         """What the cipher binds the blob to."""
         return self.conversation.encode() + self.entry.encode() + self.chunk.to_bytes(4)
@@ -216,18 +220,14 @@ class Sealer:
             return whole
         hidden = Hidden()
         for chunk, blob in enumerate(blobs):
-            hidden += self.open(blob, _at(where, chunk))
+            hidden += self.open(blob, where.at(chunk))
         return hidden
 
     def _final(self, blob: bytes, where: Where) -> Hidden | None:
         try:
-            return self.open(blob, _at(where, FINAL_CHUNK))
+            return self.open(blob, where.at(FINAL_CHUNK))
         except BadProof:
             return None  # then it must be chunk 0, and `open` says what is wrong if it is not
-
-
-def _at(where: Where, chunk: int) -> Where:
-    return Where(where.conversation, where.entry, where.parent, where.epoch, chunk)
 
 
 def _parts(blob: bytes) -> tuple[str, bytes, bytes, bytes]:

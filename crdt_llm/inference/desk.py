@@ -20,7 +20,7 @@ from crdt_llm.inference.workplace import Workplace
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from crdt_llm.inference.sitting import Shared
+    from crdt_llm.inference.sitting import Shared, Trouble
 
 logger = logging.getLogger("crdt_llm.inference")
 
@@ -47,7 +47,8 @@ class Desk:
         self._lost = False
         self._early: list[bytes] = []
         self._sitting: Sitting | None = None
-        self._deaths: dict[str, int] = {}
+        self._troubles: dict[str, Trouble] = {}
+        self._was_of_use = False  # the last seat
 
     @property
     def idle(self) -> bool:
@@ -75,22 +76,21 @@ class Desk:
                 logger.warning("conversation %s: %s; again in %.1f s", self._id, error, wait)
             except Exception:
                 logger.exception("conversation %s: a bug; again in %.1f s", self._id, wait)
-            else:
-                wait = RETRY_FIRST_S
             self.settled.set()
+            wait = RETRY_FIRST_S if self._was_of_use else wait
             await self._shared.surroundings.sleep(wait)
             wait = min(2 * wait, RETRY_MAX_S)
 
     async def _sit(self) -> None:
         shared, outside = self._shared, self._shared.surroundings
-        self._lost, self._early = False, []
+        self._lost, self._early, self._was_of_use = False, [], False
         seat = await outside.take_seat(self._id, self._deliver, self._lose)
         conversation = Conversation(
             _client_id(outside.random), seal_client_id=_client_id(outside.random)
         )
         transcript = Transcript(conversation, shared.renderer, shared.identity.sealer)
         work = Workplace(conversation, transcript, seat, outside.clock_ms)
-        sitting = Sitting(shared, self._id, work, self.wake, self._deaths)
+        sitting = Sitting(shared, self._id, work, self.wake, self._troubles)
         sender = asyncio.create_task(work.send(self._lose), name=f"outbox {self._id}")
         try:
             for update in (seat.state, *self._early):
@@ -103,6 +103,7 @@ class Desk:
                 await self._look(sitting)
         finally:
             self._sitting = None
+            self._was_of_use = work.was_of_use
             sender.cancel()
             await sitting.end()
             await asyncio.gather(sender, return_exceptions=True)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from crdt_llm.errors import ModelUnusable, Unavailable
+from crdt_llm.errors import CrdtLlmError, Unavailable
 from crdt_llm.inference.desk import RETRY_FIRST_S, RETRY_MAX_S, Desk
 from crdt_llm.inference.turns import Turns
 
@@ -95,7 +95,7 @@ class Node:
         if len(self._desks) < DESKS_MAX:
             return
         for name, (desk, task) in self._desks.items():
-            if desk.idle:
+            if desk.idle or task.done():
                 task.cancel()
                 del self._desks[name]
                 return
@@ -105,7 +105,7 @@ class Node:
     @property
     def capacity(self) -> int:
         """How many more replies may be started now."""
-        return REPLIES_MAX - self._running
+        return max(0, REPLIES_MAX - self._running)
 
     def occupy(self, change: int) -> None:
         """So many more (or fewer) replies run; whoever waited for room has a look."""
@@ -133,7 +133,7 @@ class Node:
         while True:
             try:
                 await self._take_engine()
-            except (Unavailable, ModelUnusable, OSError) as error:
+            except (CrdtLlmError, OSError) as error:
                 self.problem = f"the engine does not start: {error}"
                 logger.warning("%s; next attempt in %.1f s", self.problem, wait)
                 await self.surroundings.sleep(wait)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from crdt_llm.document.conversation import Conversation
+    from crdt_llm.document.schema import Entry
     from crdt_llm.inference.engine import Engine
     from crdt_llm.inference.prompt import Renderer
     from crdt_llm.inference.transcript import Transcript
@@ -33,7 +34,8 @@ class Replayed:
         recorded: how many ids the document says were sampled.
         equal: how many of them, from the first on, came out again.
         same_model: whether the fingerprint that made it is the one of this engine.
-        problem: why it could not be replayed, or ``None``.
+        skipped: why there is nothing to replay, or ``None``.
+        problem: why what was recorded could not be read, or ``None``.
     """
 
     entry: str
@@ -41,11 +43,12 @@ class Replayed:
     recorded: int = 0
     equal: int = 0
     same_model: bool = False
+    skipped: str | None = None
     problem: str | None = None
 
     @property
     def exact(self) -> bool:
-        """Whether it came out token for token."""
+        """Whether it came out token for token, as far as there was anything to come out."""
         return self.problem is None and self.equal == self.recorded
 
 
@@ -65,27 +68,41 @@ async def replay(
         renderer: the model's.
         engine: makes the ids.
     """
+    withdrawn = False
     for name in path:
         entry = conversation.entry(name)
-        if entry is None or not entry.is_slot or entry.place is None:
+        if entry is None:
             continue
-        try:
-            hidden = transcript.hidden(entry)
-            before = transcript.ids(entry.place.parent)
-        except BadProof as error:
-            yield Replayed(name, problem=str(error))
+        withdrawn = withdrawn or entry.redacted
+        if not entry.is_slot or entry.place is None:
             continue
-        if hidden is None or not hidden.sampled:
-            yield Replayed(name, problem="no ids of this model are sealed in it")
-            continue
-        prompt, recorded = before + hidden.injected, hidden.sampled
-        params = replace(sampling(hidden.params, renderer.end_ids), max_tokens=len(recorded))
-        equal = 0
-        async with aclosing(engine.generate(prompt, params, len(prompt))) as events:
-            async for event in events:
-                if isinstance(event, Sampled):
-                    if event.id != recorded[equal]:
-                        break
-                    equal += 1
-        same = hidden.model == engine.capabilities.fingerprint
-        yield Replayed(name, len(prompt), len(recorded), equal, same)
+        if withdrawn:
+            yield Replayed(name, skipped="behind a redaction")
+        else:
+            yield await _replay_one(entry, entry.place.parent, transcript, renderer, engine)
+
+
+async def _replay_one(
+    entry: Entry, parent: str, transcript: Transcript, renderer: Renderer, engine: Engine
+) -> Replayed:
+    if not entry.sealed:
+        return Replayed(entry.id, skipped="nothing was recorded")
+    try:
+        hidden, before = transcript.hidden(entry), transcript.ids(parent)
+    except BadProof as error:
+        return Replayed(entry.id, problem=str(error))
+    if hidden is None:
+        return Replayed(entry.id, skipped="made with another tokenizer or template")
+    if not hidden.sampled:
+        return Replayed(entry.id, skipped="it ended before its first token")
+    prompt, recorded = before + hidden.injected, hidden.sampled
+    params = replace(sampling(hidden.params, renderer.end_ids), max_tokens=len(recorded))
+    equal = 0
+    async with aclosing(engine.generate(prompt, params, len(prompt))) as events:
+        async for event in events:
+            if isinstance(event, Sampled):
+                if event.id != recorded[equal]:
+                    break
+                equal += 1
+    same = hidden.model == engine.capabilities.fingerprint
+    return Replayed(entry.id, len(prompt), len(recorded), equal, same_model=same)

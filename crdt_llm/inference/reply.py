@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from crdt_llm.document.chain import Link, commit_content, commit_tokens, prove
 from crdt_llm.document.schema import SALT_BYTES, Usage, seed_of
-from crdt_llm.document.seal import FINAL_CHUNK, Hidden, Kind, Where
+from crdt_llm.document.seal import FINAL_CHUNK, Hidden, Kind
 from crdt_llm.errors import BadProof, LocalMisuse, PromptTooLong
 from crdt_llm.inference.engine import SamplingParams
 from crdt_llm.inference.tokens import TextStream
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from crdt_llm.document.conversation import Conversation, Writer
     from crdt_llm.document.keys import SigningKey
     from crdt_llm.document.schema import Entry, State
-    from crdt_llm.document.seal import Sealer
+    from crdt_llm.document.seal import Sealer, Where
     from crdt_llm.errors import CrdtLlmError
     from crdt_llm.inference.tokens import Vocabulary
 
@@ -227,13 +227,7 @@ class Reply:
         if self.waiting_text:
             writer.append_text(self.slot, self.waiting_text)
             self.waiting_text = ""
-        place = Where(
-            self.where.conversation,
-            self.slot,
-            self.where.parent,
-            self.where.epoch,
-            self.chunk,
-        )
+        place = self.where.at(self.chunk)
         writer.append_sealed(self.slot, identity.sealer.seal(chunk, place, self.text, identity.key))
         self.chunk += 1
 
@@ -281,13 +275,7 @@ class Reply:
         else:
             if self.waiting_text:
                 writer.append_text(self.slot, self.waiting_text)
-            place = Where(
-                self.where.conversation,
-                self.slot,
-                self.where.parent,
-                self.where.epoch,
-                FINAL_CHUNK,
-            )
+            place = self.where.at(FINAL_CHUNK)
             blob = identity.sealer.seal(self.hidden, place, self.text, identity.key)
             writer.replace_sealed(self.slot, blob)
             writer.proof(self.slot, salt, proof)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 from crdt_llm.document.chain import Link, commit_content, parent_digest, prove
@@ -19,6 +21,7 @@ from crdt_llm.errors import (
     EngineBusy,
     EngineDied,
     PromptTooLong,
+    RemoteMisuse,
     Unavailable,
 )
 from crdt_llm.inference.evaluate import (
@@ -47,7 +50,7 @@ if TYPE_CHECKING:
     )
     from crdt_llm.inference.prompt import Renderer
     from crdt_llm.inference.reply import Identity
-    from crdt_llm.inference.seat import Surroundings
+    from crdt_llm.inference.seat import Lease, Surroundings
     from crdt_llm.inference.tokens import Vocabulary
     from crdt_llm.inference.turns import Turns
     from crdt_llm.inference.workplace import Workplace
@@ -55,10 +58,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger("crdt_llm.inference")
 
 PRINCIPAL: Final = "node"  # who the node is in `born.author` of the slots that it adds
-ENGINE_DEATHS_MAX: Final = 3  # a reply that kills its engine this often has failed
+TROUBLES_MAX: Final = 3  # a reply that kills its engine, or is refused, this often has failed
 BUSY_S: Final = 0.2  # before a reply asks an engine again that had no room
 
 _DIED: Final = "the engine died several times on this reply; ask again, or use another model"
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """What went wrong with a reply that was begun: how often, and what people are told of it."""
+
+    count: int
+    code: str
+    message: str
 
 
 class Shared(Protocol):
@@ -93,7 +105,7 @@ class Sitting:
         conversation: the conversation's id.
         work: the replica to work on.
         wake: asks for another look.
-        deaths: how often an engine died on a reply; outlives a sitting.
+        troubles: what went wrong with replies that were begun; outlives a sitting.
     """
 
     def __init__(
@@ -102,22 +114,23 @@ class Sitting:
         conversation: str,
         work: Workplace,
         wake: Callable[[], None],
-        deaths: dict[str, int],
+        troubles: dict[str, Trouble],
     ) -> None:
         self.work = work
         self._shared = shared
         self._id = conversation
         self._wake = wake
-        self._deaths = deaths
-        self._cold: str | None = None
-        self._warming: asyncio.Task[None] | None = None
+        self._troubles = troubles
+        self._cold: dict[str, None] = {}  # ends of paths to be read ahead, the oldest first
+        self._warming: tuple[str, asyncio.Task[None]] | None = None
         self._running: dict[str, Generation] = {}
         self._outcomes: dict[str, Outcome | None] = {}  # None: to be resumed
 
     @property
     def idle(self) -> bool:
         """Whether nothing runs and nothing waits."""
-        return not (self._running or self._warming or self.work.conversation.tree.pending)
+        pending = self.work.conversation.tree.pending
+        return not (self._running or self._warming or pending or self.work.has_open)
 
     async def act(self) -> bool:
         """Do the one next thing. Says whether there was one."""
@@ -133,7 +146,7 @@ class Sitting:
         """Leave everything as it is: replies that stream go on after the next sitting began."""
         tasks = [one.task for one in self._running.values() if one.task is not None]
         if self._warming is not None:
-            tasks.append(self._warming)
+            tasks.append(self._warming[1])
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -142,12 +155,13 @@ class Sitting:
 
     def _situation(self) -> Situation:
         shared = self._shared
-        self.work.find_lease(shared.surroundings.grant_lease(self._id, shared.identity.key.public))
+        if not self.work.leased:
+            self.work.find_lease(self._grant())
         ready = shared.engine is not None
         return self.work.situation(
             running=frozenset(self._running),
             capacity=shared.capacity if ready else 0,
-            cold=self._cold if ready and not self._running else None,
+            cold=next(iter(self._cold), None) if ready and not self._running else None,
         )
 
     async def _do(self, action: Action) -> None:
@@ -169,9 +183,12 @@ class Sitting:
             case Warm(entry):
                 await self._warm(entry)
 
-    async def _take_lease(self) -> None:
+    def _grant(self) -> Lease:
         shared = self._shared
-        lease = shared.surroundings.grant_lease(self._id, shared.identity.key.public)
+        return shared.surroundings.grant_lease(self._id, shared.identity.key.public)
+
+    async def _take_lease(self) -> None:
+        lease = self._grant()
         await self.work.write(lambda w: w.add_lease(lease.epoch, lease.node, lease.signature))
 
     def _request(self, writer: Writer, after: str) -> None:
@@ -183,37 +200,26 @@ class Sitting:
     # -- admission -----------------------------------------------------------------------------
 
     async def _admit(self, action: Admit) -> None:
-        digest, proofs = self._prove(action)
         last = action.entries[-1] if action.entries else action.parent
-        epoch = self.work.epoch
-        parents = (action.parent, *action.entries)
-
-        def write_entries(writer: Writer) -> None:
-            pairs = zip(action.entries, parents, proofs, strict=False)
-            for name, parent, (salt, proof) in pairs:
-                writer.place(name, Place(parent, epoch))
-                writer.proof(name, salt, proof)
-
         slot = action.slot
         if slot is None:
-            self._cold = last
-            await self.work.write(write_entries)
+            self._read_ahead(last)
+            await self.work.write(self._place(action)[1])
             return
         try:
-            generation = self._prepare(slot, last, Where(self._id, slot, digest, epoch, 0))
+            if await self.work.transcript.load(last, self._positions()):
+                return  # others were let go on: decide anew
+            digest, place_entries = self._place(action)
+            where = Where(self._id, slot, digest, self.work.epoch, 0)
+            generation = self._prepare(slot, last, where)
+            self._check_fits(generation.reply)
         except (PromptTooLong, BadProof) as error:
-            self._cold, failure = last, _failure(*describe(error))
-
-            def write_failed(writer: Writer) -> None:
-                write_entries(writer)
-                _fail(writer, slot, failure)
-
-            await self.work.write(write_failed)
+            await self._refuse(action, slot, _failure(*describe(error)))
             return
 
         def write(writer: Writer) -> None:
-            write_entries(writer)
-            writer.place(slot, Place(last, epoch))
+            place_entries(writer)
+            writer.place(slot, Place(last, where.epoch))
             writer.open_reply(slot)
             writer.state(slot, State.STREAMING)
             _mark(writer, action.superseded, State.SUPERSEDED)
@@ -223,44 +229,62 @@ class Sitting:
         await self._start(generation)  # the engine need not wait for the disk
         await durable
 
-    def _prove(self, action: Admit) -> tuple[bytes, list[tuple[bytes, Proof]]]:
-        """Proofs for a run of author's entries; also the digest that comes behind them."""
+    async def _refuse(self, action: Admit, slot: str, failure: Usage) -> None:
+        """Admit what stands before a slot that cannot be begun; the slot fails without a place."""
+        _, place_entries = self._place(action)
+
+        def write(writer: Writer) -> None:
+            place_entries(writer)
+            _fail(writer, slot, failure)
+            _mark(writer, action.superseded, State.SUPERSEDED)
+
+        await self.work.write(write)
+
+    def _place(self, action: Admit) -> tuple[bytes, Callable[[Writer], None]]:
+        """Places and proofs for a run of author's entries.
+
+        Returns:
+            The digest that comes behind them, and what writes them.
+        """
         conversation, identity = self.work.conversation, self._shared.identity
+        epoch = self.work.epoch
         digest = parent_digest(conversation, action.parent)
-        proofs: list[tuple[bytes, Proof]] = []
+        placed: list[tuple[str, Place, bytes, Proof]] = []
+        parent = action.parent
         for name in action.entries:
             salt = identity.random(SALT_BYTES)
             content = commit_content(salt, conversation.text(name))
             link = Link(name, conversation.born_plain(name), content)
-            proof = prove(
-                link,
-                parent=digest,
-                conversation=self._id,
-                epoch=self.work.epoch,
-                key=identity.key,
-            )
-            proofs.append((salt, proof))
-            digest = proof.digest
-        return digest, proofs
+            proof = prove(link, parent=digest, conversation=self._id, epoch=epoch, key=identity.key)
+            placed.append((name, Place(parent, epoch), salt, proof))
+            digest, parent = proof.digest, name
+
+        def write(writer: Writer) -> None:
+            for name, place, salt, proof in placed:
+                writer.place(name, place)
+                writer.proof(name, salt, proof)
+
+        return digest, write
 
     def _prepare(self, slot: str, parent: str, where: Where) -> Generation:
         """A reply behind ``parent``, ready to run.
 
         Raises:
-            PromptTooLong: there is no position left for a single token.
             BadProof: something on the path cannot be read.
         """
         entry, transcript = self.work.present(slot), self.work.transcript
         before = transcript.ids(parent)
         opened = transcript.opened(entry, parent)
         reply = Reply.begin(entry, where, before, opened, self._shared.vocabulary)
+        return self._generation(reply, parent)
+
+    def _check_fits(self, reply: Reply) -> None:
         positions = self._positions()
         if len(reply.prompt) >= positions:
             raise PromptTooLong(
                 f"the conversation has {len(reply.prompt)} tokens here and the model has "
                 f"{positions} positions: fork from an earlier entry or begin a new conversation"
             )
-        return self._generation(reply, parent)
 
     def _generation(self, reply: Reply, parent: str) -> Generation:
         shared = self._shared
@@ -276,10 +300,10 @@ class Sitting:
     # -- replies -------------------------------------------------------------------------------
 
     async def _start(self, generation: Generation) -> None:
-        await self._stop_warming()
         slot = generation.reply.slot
         self._running[slot] = generation
-        self._shared.occupy(1)
+        self._shared.occupy(1)  # before anyone else gets to run: the last place is taken once
+        await self._stop_warming()
         generation.task = asyncio.create_task(self._run(generation), name=f"reply {slot}")
 
     async def _run(self, generation: Generation) -> None:
@@ -288,36 +312,48 @@ class Sitting:
         engine: Engine | None = None
         outcome: Outcome | None = None
         try:
-            async with shared.turns.taken(alone=slot in self._deaths):
+            async with shared.turns.taken(alone=slot in self._troubles):
                 engine = shared.engine
                 if engine is not None:
                     outcome = await generation.run(engine, shared.renderer.end_ids)
         except EngineDied:
-            self._deaths[slot] = self._deaths.get(slot, 0) + 1
+            self._trouble(slot, "engine-died", _DIED)
             if engine is not None:
                 shared.lost_engine(engine)
         except Unavailable as error:
             logger.warning("reply %s waits: %s", slot, error)
             await shared.surroundings.sleep(BUSY_S)
+        except RemoteMisuse as error:  # a flush was refused, and the seat is lost with it
+            logger.warning("reply %s: %s", slot, error)
+            self._trouble(slot, "refused", str(error))
         except Exception:
             logger.exception("reply %s: a bug", slot)
             outcome = Outcome(State.FAILED, "error", ("failed", "a bug; see the node's log"))
         self._outcomes[slot] = outcome
         self._wake()
 
+    def _trouble(self, slot: str, code: str, message: str) -> None:
+        before = self._troubles.get(slot)
+        self._troubles[slot] = Trouble(1 if before is None else before.count + 1, code, message)
+
     async def _resume(self, slot: str) -> None:
         """Go on with a reply that the document says is streaming (I3)."""
         try:
+            parent = self.work.conversation.tree.up(slot)
+            if await self.work.transcript.load(parent, self._positions()):
+                return  # others were let go on: decide anew
             generation = self._reopen(slot)
+            self._check_fits(generation.reply)
         except (PromptTooLong, BadProof) as error:
             await self._give_up(slot, *describe(error))
             return
+        trouble = self._troubles.get(slot)
         finish = generation.reply.finished(self._shared.renderer.end_ids)
         if finish is not None:
             await self._write_end(generation.reply, Outcome(State.DONE, finish))
-        elif self._deaths.get(slot, 0) >= ENGINE_DEATHS_MAX:
-            died = Outcome(State.FAILED, "error", ("engine-died", _DIED))
-            await self._write_end(generation.reply, died)
+        elif trouble is not None and trouble.count >= TROUBLES_MAX:
+            failed = Outcome(State.FAILED, "error", (trouble.code, trouble.message))
+            await self._write_end(generation.reply, failed)
         else:
             await self._start(generation)
 
@@ -330,6 +366,10 @@ class Sitting:
         hidden = transcript.hidden(entry)
         if hidden is None:
             raise BadProof("the reply was begun with another model and cannot go on with this one")
+        ours = self._shared.identity.model
+        if hidden.model != ours:
+            # Nobody may claim that one model made all of it.
+            hidden = replace(hidden, model=f"{hidden.model}+{ours}")
         before = transcript.ids(parent)
         reply = Reply.resume(entry, where, before, hidden, self._shared.vocabulary)
         return self._generation(reply, parent)
@@ -354,8 +394,11 @@ class Sitting:
             self._outcomes.pop(slot, None)
         else:
             try:
+                parent = self.work.conversation.tree.up(slot)
+                if await self.work.transcript.load(parent, sys.maxsize):
+                    return  # others were let go on: decide anew
                 generation = self._reopen(slot)
-            except (PromptTooLong, BadProof) as error:
+            except BadProof as error:
                 await self._give_up(slot, *describe(error))
                 return
         await self._write_end(generation.reply, Outcome(State.STOPPED, "stopped"))
@@ -379,8 +422,10 @@ class Sitting:
             self.work.transcript.keep(reply.slot, reply.hidden)
             self.work.account.sampled(reply.slot, resident)
         # What an engine dies of is not read ahead: whoever asks again takes that upon them.
-        suspect = self._deaths.pop(reply.slot, None)
-        self._cold = None if suspect else reply.slot
+        if self._troubles.pop(reply.slot, None) is None:
+            self._read_ahead(reply.slot)
+        if not self.work.has_open:
+            conversation.release_seal()
         await durable
 
     async def _give_up(self, slot: str, code: str, message: str) -> None:
@@ -414,25 +459,39 @@ class Sitting:
 
     # -- prefill on merge ----------------------------------------------------------------------
 
+    def _read_ahead(self, entry: str) -> None:
+        """Have a path read when nothing else is to do; it includes what its line has before it."""
+        tree = self.work.conversation.tree
+        for other in [one for one in self._cold if tree.line(one) == tree.line(entry)]:
+            del self._cold[other]
+        self._cold[entry] = None
+
     async def _warm(self, entry: str) -> None:
         await self._stop_warming()
-        self._cold = None
-        self._warming = asyncio.create_task(self._prefill(entry), name=f"warm {entry}")
+        self._cold.pop(entry, None)
+        self._warming = entry, asyncio.create_task(self._prefill(entry), name=f"warm {entry}")
 
     async def _stop_warming(self) -> None:
-        if self._warming is not None:
-            self._warming.cancel()
-            await asyncio.gather(self._warming, return_exceptions=True)
-            self._warming = None
+        """Interrupt what is read ahead; what was computed stays, the rest is done later."""
+        if self._warming is None:
+            return
+        (entry, task), self._warming = self._warming, None
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            if self.work.conversation.tree.tip(entry) == entry:
+                self._read_ahead(entry)
 
     async def _prefill(self, entry: str) -> None:
         engine = self._shared.engine
         if engine is None:
             return
         try:
+            while await self.work.transcript.load(entry, engine.capabilities.positions):
+                pass
             ids = self.work.transcript.ids(entry)
-            if not ids or len(ids) > engine.capabilities.positions:
-                return  # nothing to read, or a slot behind it will say that it is too long
+            if not ids:
+                return
             done = await engine.warm(ids)
             path = self.work.path(entry)
             self.work.account.computed(path, reused=done.reused, prompt=done.prompt)
@@ -441,7 +500,7 @@ class Sitting:
         except (EngineBusy, PromptTooLong, BadProof) as error:
             logger.info("conversation %s is not prefilled ahead: %s", self._id, error)
         finally:
-            if self._warming is asyncio.current_task():
+            if self._warming is not None and self._warming[1] is asyncio.current_task():
                 self._warming = None
             self._wake()
 

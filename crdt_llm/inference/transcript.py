@@ -9,21 +9,32 @@ moment and comes back from the document.
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from crdt_llm.document.chain import parent_digest
 from crdt_llm.document.schema import ROOT, Role
 from crdt_llm.document.seal import Hidden, Kind, Where
-from crdt_llm.errors import BadProof
+from crdt_llm.errors import BadProof, PromptTooLong
 from crdt_llm.inference.prompt import REDACTED_TEXT, ParentTail
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from crdt_llm.document.conversation import Conversation
     from crdt_llm.document.schema import Entry
     from crdt_llm.document.seal import Sealer
     from crdt_llm.inference.prompt import Renderer
 
 NO_PARENT: Final = ParentTail(is_reply=False)
+
+OFFLOAD_CHARACTERS_MIN: Final = 16_384
+"""From here on a text is encoded in a thread: a megabyte takes a second, and the event loop belongs
+to all conversations."""
+
+SEGMENTS_PER_TURN_MAX: Final = 64
+"""Segments that are made before others get the event loop again: some milliseconds' worth."""
 
 
 class Transcript:
@@ -44,20 +55,21 @@ class Transcript:
         self._conversation = conversation
         self._renderer = renderer
         self._sealer = sealer
-        self._segments: dict[str, tuple[int, ...]] = {}
+        self._segments: dict[tuple[str, str], tuple[int, ...]] = {}
         self._hidden: dict[str, Hidden] = {}
+        self._roots_at_ms: dict[str, int] = {}
 
     # -- what the node tells it ----------------------------------------------------------------
 
     def forget(self) -> None:
         """Drop everything derived, e.g. after a redaction: what follows a secret came from it."""
-        self._segments.clear()
-        self._hidden.clear()
+        self._segments = {}
+        self._hidden = {}
 
     def keep(self, reply: str, hidden: Hidden) -> None:
         """Remember a reply that ended here, so that it need not be opened again."""
         self._hidden[reply] = hidden
-        self._segments.pop(reply, None)
+        self._segments.pop(self._key(reply), None)
 
     # -- replies -------------------------------------------------------------------------------
 
@@ -100,9 +112,17 @@ class Transcript:
     # -- segments ------------------------------------------------------------------------------
 
     def _root_at_ms(self, parent: str, entry: Entry) -> int:
-        first = next(iter(self._conversation.tree.path(parent)), None)
-        born = self._conversation.born(first) if first is not None else None
-        return entry.born.at if born is None else born.at
+        """When the first entry of a path was born; remembered on the way down."""
+        if parent == ROOT:
+            at_ms = entry.born.at
+        elif parent in self._roots_at_ms:
+            at_ms = self._roots_at_ms[parent]
+        else:
+            first = self._conversation.born(self._conversation.tree.path(parent)[0])
+            at_ms = entry.born.at if first is None else first.at
+        if self._conversation.tree.is_admitted(entry.id):
+            self._roots_at_ms[entry.id] = at_ms
+        return at_ms
 
     def opening(self, slot: Entry, parent: str) -> tuple[int, ...]:
         """The ids that stand between the path to ``parent`` and a reply's first sampled id."""
@@ -118,30 +138,37 @@ class Transcript:
         return entry is not None and entry.is_slot
 
     def segment(self, name: str) -> tuple[int, ...]:
-        """The ids that an admitted entry adds to the prompt. A reply must have ended."""
-        known = self._segments.get(name)
+        """The ids that an entry adds to the prompt, behind its ``up``. A reply must have ended.
+
+        Raises:
+            BadProof: it cannot be read.
+        """
+        key = self._key(name)
+        known = self._segments.get(key)
         if known is None:
-            entry = self._conversation.entry(name)
-            if entry is None:
-                raise BadProof(f"entry {name} cannot be read any more")
-            known = self._segments[name] = self._render(entry, self._conversation.tree.up(name))
+            known = self._segments[key] = self._plan(name)()
         return known
 
-    def render(self, name: str, parent: str) -> tuple[int, ...]:
-        """As :meth:`segment`, for an author's entry that is about to get its place."""
+    def _key(self, name: str) -> tuple[str, str]:
+        # What is pending may still come to stand behind another entry, and render differently.
+        return name, self._conversation.tree.up(name)
+
+    def _plan(self, name: str) -> Callable[[], tuple[int, ...]]:
+        """What makes a segment: everything is read now, and encoded when it is called."""
         entry = self._conversation.entry(name)
         if entry is None:
             raise BadProof(f"entry {name} cannot be read any more")
-        return self._render(entry, parent)
-
-    def _render(self, entry: Entry, parent: str) -> tuple[int, ...]:
+        parent = self._conversation.tree.up(name)
         content = REDACTED_TEXT if entry.redacted else entry.content
         if entry.born.role is Role.ASSISTANT:
             hidden = None if entry.redacted else self.hidden(entry)
             if hidden is not None:
-                return hidden.ids
-            return (*self.opening(entry, parent), *self._renderer.reply_text(content))
-        return self._renderer.segment(
+                ids = hidden.ids
+                return lambda: ids
+            opening = self.opening(entry, parent)
+            return lambda: (*opening, *self._renderer.reply_text(content))
+        return partial(
+            self._renderer.segment,
             role=entry.born.role.value,
             content=content,
             is_root=parent == ROOT,
@@ -149,10 +176,49 @@ class Transcript:
             parent=self._tail(parent),
         )
 
+    async def load(self, entry: str, limit: int) -> bool:
+        """Make the segments of a path, a few at a time, large texts in a thread.
+
+        Args:
+            entry: where the path ends.
+            limit: tokens; the rest of a longer path is not looked at.
+
+        Returns:
+            Whether it waited in between. Then the document may have changed, and whoever decided
+            something before should decide anew; calling again goes on where this call stopped.
+
+        Raises:
+            PromptTooLong: the path has more tokens than ``limit``.
+            BadProof: something on it cannot be read.
+        """
+        tokens = made = 0
+        for name in self._conversation.tree.path(entry):
+            if self._key(name) not in self._segments:
+                made += 1
+                text = self._conversation.text(name)
+                if len(text) >= OFFLOAD_CHARACTERS_MIN:
+                    await self._encode_aside(name)
+                    return True
+                if made > SEGMENTS_PER_TURN_MAX:
+                    await asyncio.sleep(0)
+                    return True
+            tokens += len(self.segment(name))
+            if tokens > limit:
+                raise PromptTooLong(
+                    f"the conversation has more than {limit} tokens here, and the model no more "
+                    "positions: fork from an earlier entry or begin a new conversation"
+                )
+        return False
+
     def ids(self, entry: str) -> tuple[int, ...]:
         """The prompt of a path: every segment from the root to ``entry``."""
         path = self._conversation.tree.path(entry)
         return tuple(token for name in path for token in self.segment(name))
+
+    async def _encode_aside(self, name: str) -> None:
+        segments, key = self._segments, self._key(name)
+        ids = await asyncio.to_thread(self._plan(name))
+        segments[key] = ids  # goes nowhere if `forget` put others in their place meanwhile
 
     def opened(self, slot: Entry, parent: str) -> Hidden:
         """A reply's hidden state before its first id was sampled."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from crdt_llm.document.schema import ENDED, Role
-from crdt_llm.errors import BadProof, CrdtLlmError, LocalMisuse
+from crdt_llm.errors import BadProof, LocalMisuse
 from crdt_llm.inference.accounting import PrefillAccount
 from crdt_llm.inference.evaluate import Situation
 
@@ -58,6 +58,7 @@ class Workplace:
         self.transcript = transcript
         self.seat = seat
         self.account = PrefillAccount()
+        self.was_of_use = False  # whether anything became durable from here
         self._clock_ms = clock_ms
         self._marks = _Marks()
         self._epoch: int | None = None
@@ -84,13 +85,14 @@ class Workplace:
 
         The first failure loses the seat: everyone who waits hears of it.
         """
-        failure: CrdtLlmError | None = None
+        failure: Exception | None = None
         while True:
             update, done = await self._outbox.get()
             if failure is None:
                 try:
                     await self.seat.submit(update)
-                except CrdtLlmError as error:
+                    self.was_of_use = True
+                except Exception as error:  # noqa: BLE001 - whoever waits for the update hears of it
                     failure = error
                     lost()
             if done.cancelled():
@@ -130,7 +132,7 @@ class Workplace:
         return Situation(
             tree=self.conversation.tree,
             policy=policy,
-            leased=self._epoch is not None,
+            leased=self.leased,
             open=self._marks.open,
             unmarked=tuple(self._marks.unmarked),
             running=running,
@@ -151,6 +153,11 @@ class Workplace:
             if role in (Role.USER, Role.TOOL) and not tree.children(tip)
         )
 
+    @property
+    def has_open(self) -> bool:
+        """Whether a placed reply has not ended."""
+        return bool(self._marks.open)
+
     def to_end(self, slot: str) -> bool:
         """Whether a placed reply is to be ended now."""
         return self._marks.open.get(slot, True)
@@ -161,11 +168,15 @@ class Workplace:
 
     # -- the lease -----------------------------------------------------------------------------
 
+    @property
+    def leased(self) -> bool:
+        """Whether our lease is known to be in the document."""
+        return self._epoch is not None
+
     def find_lease(self, lease: Lease) -> None:
         """Note whether our lease is in the document."""
-        if self._epoch is None:
-            granted = self.conversation.lease(lease.epoch)
-            self._epoch = lease.epoch if granted == (lease.node, lease.signature) else None
+        granted = self.conversation.lease(lease.epoch)
+        self._epoch = lease.epoch if granted == (lease.node, lease.signature) else None
 
     @property
     def epoch(self) -> int:
