@@ -11,6 +11,10 @@ last of them, and the relay has those.
 
 A local write that could not be made durable never happened: the replica is thrown away and built
 anew, under a fresh client id, from the log and from what was merged since. Nobody else had seen it.
+
+An update is at any moment in the log, in the queue, or under way from the one to the other. Whoever
+reads both holds the lock under which updates change places: else one that is under way is in
+neither, the replica is built without it, and the next compaction takes it from the disk too.
 """
 
 from __future__ import annotations
@@ -89,13 +93,14 @@ class LocalReplica:
         self._clients: set[int] = set()  # every id that was ever drawn for this replica
         self._document = Conversation(self._fresh_client())
         self._stale = True  # the document is not what the log and the queue say: build it anew
-        self._mending = asyncio.Lock()
+        self._moving = asyncio.Lock()  # held while updates go to the log, or log and queue are read
         self._change_listeners: list[Callable[[Change | None], None]] = []
         self._durable_listeners: list[Callable[[bytes], None]] = []
         self._queue: list[_Waiting] = []
         self._queued_bytes = 0
         self._work = asyncio.Event()  # something waits for the disk
         self._urgent = asyncio.Event()  # and somebody waits for it
+        self._lsn = 0
         self._log_bytes = 0
         self._snapshot_bytes = 0
         self._redacted = False  # withdrawn text lies in the log, and maybe in its free pages
@@ -241,19 +246,23 @@ class LocalReplica:
             raise LocalMisuse(f"conversation {self.conversation_id} is closed on this device")
 
     async def _mend(self) -> None:
-        """Build the replica from the log and what waits for it."""
-        async with self._mending:
-            if not self._stale:
-                return
-            loaded = await self._log.load(self.conversation_id)
-            document = self._built(loaded)
-            while document.client_id in decode_state_vector(document.state_vector()):
-                document = self._built(loaded)  # once in four billion times
-            self._log_bytes = sum(len(update) for _, update in loaded.updates)
-            self._snapshot_bytes = len(loaded.snapshot or b"")
-            document.subscribe(self._changed)
-            self._document = document
-            self._stale = False
+        """Build the replica anew, unless somebody else did it meanwhile."""
+        async with self._moving:
+            if self._stale:
+                await self._build()
+
+    async def _build(self) -> None:
+        """Build the replica from the log and what waits for it; the caller holds the lock."""
+        loaded = await self._log.load(self.conversation_id)
+        document = self._built(loaded)
+        while document.client_id in decode_state_vector(document.state_vector()):
+            document = self._built(loaded)  # once in four billion times
+        self._lsn = loaded.lsn
+        self._log_bytes = sum(len(update) for _, update in loaded.updates)
+        self._snapshot_bytes = len(loaded.snapshot or b"")
+        document.subscribe(self._changed)
+        self._document = document
+        self._stale = False
         for listener in self._change_listeners:
             listener(None)
 
@@ -312,22 +321,25 @@ class LocalReplica:
 
     async def _commit(self) -> bool:
         """Carry one batch to the disk; whether that worked."""
-        batch = self._batch()
-        try:
-            lsn = await self._log.append(self.conversation_id, [item.update for item in batch])
-        except CrdtLlmError as error:
-            await self._give_up(error)
-            return False
-        del self._queue[: len(batch)]
-        for item in batch:
-            self._queued_bytes -= len(item.update)
-            self._log_bytes += len(item.update)
-            if item.local:
-                for listener in self._durable_listeners:
-                    listener(item.update)
-            item.done.set_result(None)
-        await self._compact_if_due(lsn)
-        return True
+        async with self._moving:
+            batch = self._batch()
+            try:
+                self._lsn = await self._log.append(
+                    self.conversation_id, [item.update for item in batch]
+                )
+            except CrdtLlmError as error:
+                await self._give_up(error)
+                return False
+            del self._queue[: len(batch)]
+            for item in batch:
+                self._queued_bytes -= len(item.update)
+                self._log_bytes += len(item.update)
+                if item.local:
+                    for listener in self._durable_listeners:
+                        listener(item.update)
+                item.done.set_result(None)
+            await self._compact_if_due()
+            return True
 
     def _batch(self) -> list[_Waiting]:
         size = 0
@@ -340,7 +352,10 @@ class LocalReplica:
         return list(takewhile(fits, self._queue[:COMMIT_UPDATES_MAX])) or self._queue[:1]
 
     async def _give_up(self, error: CrdtLlmError) -> None:
-        """The disk says no: local writes never happened, what was merged waits for another try."""
+        """The disk says no: local writes never happened, what was merged waits for another try.
+
+        The caller holds the lock.
+        """
         lost = [item for item in self._queue if item.local]
         kept = [item for item in self._queue if not item.local]
         logger.warning(
@@ -356,21 +371,22 @@ class LocalReplica:
         if lost:
             self._stale = True
             try:
-                await self._mend()
+                await self._build()
             except (StoreFailed, Corrupt) as again:
                 # Whoever uses the replica next tries again, and hears of it if that fails too.
                 logger.warning("conversation %s: %s", self.conversation_id, again)
         for item in (*lost, *kept):
             item.fail(error)
 
-    async def _compact_if_due(self, lsn: int) -> None:
+    async def _compact_if_due(self) -> None:
+        """Fold the log into a snapshot, if that is worth it; the caller holds the lock."""
         due = self._log_bytes > max(COMPACT_BYTES_MIN, COMPACT_RATIO * self._snapshot_bytes)
         # With something in the queue the document is ahead of the log: the next commit will see.
         if not (due or self._redacted) or self._queue or self._stale:
             return
         snapshot, scrub = self._document.diff(), self._redacted
         try:
-            await self._log.compact(self.conversation_id, snapshot, lsn)
+            await self._log.compact(self.conversation_id, snapshot, self._lsn)
             self._log_bytes, self._snapshot_bytes = 0, len(snapshot)
             if scrub:
                 await self._log.scrub()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from crdt_llm.document.conversation import Change, Writer
+    from crdt_llm.store.log import Loaded
     from crdt_llm.store.memory import MemorySeam
 
 NAME = "conversation"
@@ -384,6 +385,45 @@ async def test_withdrawn_text_leaves_the_disk() -> None:
     assert not stored.updates
     assert stored.snapshot is not None
     assert b"a secret" not in stored.snapshot
+
+
+class GatedLog(MemoryLog):
+    """A log whose readers hear late of what they saw."""
+
+    gate: asyncio.Event | None = None
+
+    async def load(self, conversation: str) -> Loaded:
+        loaded = await super().load(conversation)
+        if self.gate is not None:
+            await self.gate.wait()
+        return loaded
+
+
+async def test_a_write_that_is_committed_while_the_replica_is_built_anew_stays() -> None:
+    disk = Disk()
+    log = GatedLog(disk.disk, clock=lambda: 0, faults=disk.seam)
+    replica = await LocalReplica.open(NAME, log, Random(1))
+    log.gate = asyncio.Event()
+    disk.hold()
+    good = asyncio.create_task(replica.write(adds(1)))
+    await disk.reached.wait()  # neither in the log nor to be found there soon
+
+    def compose(_document: Conversation, _writer: Writer) -> None:
+        raise ZeroDivisionError
+
+    bad = asyncio.create_task(replica.write(compose))
+    for _ in range(10):
+        await asyncio.sleep(0)  # it gets as far as it can
+    disk.released.set()
+    await good
+    log.gate.set()
+    with pytest.raises(ZeroDivisionError):
+        await bad
+    assert set(replica.document.tree.entries) == {entry(1)}
+    await replica.write(adds(2, "x" * COMPACT_BYTES_MIN))  # and the log is folded
+    await replica.close()
+    assert disk.disk.conversations[NAME].snapshot is not None
+    assert set(disk.document().tree.entries) == {entry(1), entry(2)}
 
 
 async def test_a_damaged_copy_is_said_to_be_damaged() -> None:
