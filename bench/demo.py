@@ -35,6 +35,9 @@ STARTUP_S_MAX = 180  # a cold disk and two busy cores
 STEP_S_MAX = 180  # no single reply takes longer, or something hangs
 TURN_BYTES_MAX = 600  # on an open connection, besides 1.2 x the text
 TEXT_FACTOR = 1.2
+RECONNECT_BYTES_MAX = 600  # a state vector, an empty answer, presence
+KILL_TOKENS = 160  # some seconds of a reply: the kill comes well before its end
+KILL_CHARACTERS = 40
 
 
 @dataclass
@@ -226,14 +229,14 @@ class Demo:
         again = self.again(first)
         self.account("phone goes on alone", "phone", "-", first, again)
         self.report.claim("the phone goes on while the laptop is away", holds=again == 0)
-        before = laptop.traffic.sync.sent_bytes + laptop.traffic.live.sent_bytes
+        before = self.sent("laptop")
         laptop.resume()
         await laptop.synced_once()
         second = await self.finish(offline)
         await self.everywhere(lambda c: c.reply(offline.id).ended)
-        sent = laptop.traffic.sync.sent_bytes + laptop.traffic.live.sent_bytes - before
+        sent = self.sent("laptop") - before
         again = self.again(second)
-        self.account(f"offline merge (reconnect: {sent} B)", "laptop", "-", second, again)
+        self.account("offline merge, with the reconnect", "laptop", sent, second, again)
         self.report.claim("an offline merge prefills nothing again", holds=again == 0)
         views = {conversation.path() for conversation in self.at.values()}
         self.report.claim("after the merge both devices show one order", holds=len(views) == 1)
@@ -247,7 +250,7 @@ class Demo:
         """Both devices send while a reply streams: one reply for the slots that wait together."""
         phone, laptop = self.at["phone"], self.at["laptop"]
         busy = await phone.ask("Tell me a short story about a tram.", max_tokens=40)
-        await self.everywhere(lambda c: bool(c.entry(busy.id).content))
+        await self.everywhere(lambda c: bool(c.document.text(busy.id)))
         one = await phone.ask("Both at once, from the phone: is it hilly?", max_tokens=24)
         two = await laptop.ask("Both at once, from the laptop: is it safe?", max_tokens=24)
         await self.everywhere(lambda c: c.reply(one.id).ended and c.reply(two.id).ended)
@@ -273,7 +276,7 @@ class Demo:
             entry = await self.finish(
                 await phone.fork(first_user.id, text, max_tokens=32, temperature=0.0)
             )
-        self.account("edit as a fork", "phone", sent[0], entry, 0)
+        self.account("edit as a fork", "phone", sent[0], entry, self.again(entry))
         self.report.claim(
             "a fork leaves the main line as it was",
             holds=phone.document.tree.view(main[-1]) == main,
@@ -283,7 +286,7 @@ class Demo:
         self.account("regenerate", "phone", sent[0], entry, _cost(entry).prefilled)
         self.report.claim("a regeneration prefills nothing", holds=_cost(entry).prefilled == 0)
         long = await phone.ask("Count as far as you can.", max_tokens=400, ignore_eos=True)
-        await self.everywhere(lambda c: bool(c.entry(long.id).content))
+        await self.everywhere(lambda c: bool(c.document.text(long.id)))
         await self.at["laptop"].stop(long.id)
         entry = await self.finish(long)
         self.account("stop, from the other device", "laptop", "-", entry, self.again(entry))
@@ -296,28 +299,44 @@ class Demo:
         """SIGKILL in mid-reply; the reply ends token for token as it would have without."""
         phone = self.at["phone"]
         name = "greedy" if temperature == 0 else f"temperature {temperature}"
-        sampling: dict[str, Any] = {"max_tokens": 72, "temperature": temperature, "seed": 7}
-        sampling["ignore_eos"] = True
+        sampling: dict[str, Any] = {"max_tokens": KILL_TOKENS, "temperature": temperature}
+        sampling |= {"seed": 7, "ignore_eos": True}
         whole = await self.turn(
             "phone", "Write about the river.", f"undisturbed, {name}", **sampling
         )
         again = await phone.regenerate(whole.id, **sampling)
-        await self.everywhere(lambda c: len(c.entry(again.id).content) > 40)
+        await self.everywhere(lambda c: len(c.document.text(again.id)) > KILL_CHARACTERS)
         await self.server.end(signal.SIGKILL)
-        had = len(phone.entry(again.id).content)
+        cut, sent = phone.entry(again.id), self.sent("phone")
+        self.report.claim(
+            f"SIGKILL, {name}: the reply was cut after {len(cut.content)} characters",
+            holds=cut.state is State.STREAMING,
+        )
         await self.server.start()
         entry = await self.finish(again)
         await self.everywhere(lambda c: c.reply(again.id).ended)
-        self.account(f"killed after {had} characters", "phone", "-", entry, 0)
+        sent = self.sent("phone") - sent
+        replayed = _cost(entry).prefilled
+        self.account(f"killed in mid-reply, {name}", "phone", sent, entry, replayed)
         expected, got = self.sampled_ids(whole), self.sampled_ids(entry)
         self.report.claim(
-            f"SIGKILL in mid-reply, {name}: {len(got)} tokens, each as without the kill",
-            holds=got == expected and entry.content == whole.content and len(got) == 72,
+            f"SIGKILL, {name}: it ended with {len(got)} tokens, each as without the kill",
+            holds=got == expected and entry.content == whole.content and len(got) == KILL_TOKENS,
         )
         self.report.claim(
-            f"SIGKILL in mid-reply, {name}: exactly one replay of the path",
-            holds=_cost(entry).prefilled == _cost(entry).prompt,
+            f"SIGKILL, {name}: one replay of the path, by the node",
+            holds=replayed == _cost(entry).prompt,
         )
+        history = sum(len(one.content.encode()) for one in phone.view())
+        self.report.claim(
+            f"SIGKILL, {name}: the phone resent nothing ({sent} bytes to be in sync again)",
+            holds=sent <= min(RECONNECT_BYTES_MAX, history),
+        )
+
+    def sent(self, device: str) -> int:
+        """All bytes that a device has sent."""
+        traffic = self.at[device].traffic
+        return traffic.sync.sent_bytes + traffic.live.sent_bytes
 
     async def check_all(self) -> None:
         """What must hold of the whole document, on both devices."""
@@ -383,7 +402,7 @@ def main() -> int:
     totals = report.totals
     print(
         f"totals: {totals['sent']:,} bytes sent, {totals['reused']:,} prompt tokens reused, "
-        f"{totals['prefilled']:,} prefilled, {totals['again']} prefilled again, "
+        f"{totals['prefilled']:,} prefilled ({totals['again']} again, after the kills), "
         f"{totals['sampled']} sampled\n"
     )
     for holds, text in report.claims:

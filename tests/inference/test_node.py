@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,9 @@ import pytest_asyncio
 from local_room import LocalRoom, make_node
 
 from crdt_llm.document.chain import verify_path
-from crdt_llm.document.schema import SCHEMA_VERSION, Params, Role, State
+from crdt_llm.document.schema import SCHEMA_VERSION, Born, Params, Role, State, entry_id
+from crdt_llm.errors import EngineDied, PromptTooLong
+from crdt_llm.inference.engine import Capabilities
 from crdt_llm.inference.process import EngineProcess
 from crdt_llm.inference.prompt import ParentTail, Renderer
 from crdt_llm.inference.tokens import Vocabulary
@@ -331,3 +334,117 @@ async def test_many_conversations_share_one_engine(tiny_model_dir: Path) -> None
         assert len({reply.content for reply in replies}) == 1
     finally:
         await node.close()
+
+
+async def test_stop_ends_a_reply_while_there_is_no_engine(tiny_model_dir: Path) -> None:
+    """I2 needs no engine: the first one dies before it made a token, the second never starts."""
+    room, engines = LocalRoom(), [NoEngine(dies=True)]
+    never = asyncio.Event()
+
+    async def start() -> NoEngine:
+        if not engines:
+            await never.wait()
+        return engines.pop()
+
+    node = make_node(room, tiny_model_dir, start)
+    await node.start()
+    node.notice(room.id)
+    try:
+        slot = room.ask("hello", **GREEDY)
+        await room.until(lambda: room.replica.state(slot) is State.STREAMING)
+        room.set(slot, "stop", "owner")
+        reply = await room.ended(slot)
+        assert reply.state is State.STOPPED
+        assert reply.proof is not None
+    finally:
+        await node.close()
+
+
+class NoEngine:
+    """An engine whose process ends whenever it is asked for anything."""
+
+    def __init__(self, *, dies: bool) -> None:
+        assert dies
+        self.capabilities = Capabilities("none", 2, 2048, 1000, "none")
+
+    async def warm(self, _ids: object) -> None:
+        raise EngineDied("gone")
+
+    async def generate(self, *_: object) -> AsyncIterator[None]:
+        raise EngineDied("gone")
+        yield
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+async def test_a_slot_that_cannot_begin_still_supersedes_the_ones_before_it(
+    tiny_model_dir: Path, engine: EngineProcess
+) -> None:
+    room = LocalRoom()
+    room.write("word " * 4000)
+    first = room.ask("one", **GREEDY)
+    second = room.ask("two", **GREEDY)
+    async with running(room, tiny_model_dir, engine):
+        assert (await room.ended(second)).state is State.FAILED
+        assert room.replica.state(first) is State.SUPERSEDED
+
+
+async def test_a_large_entry_is_encoded_beside_the_event_loop(
+    tiny_model_dir: Path, engine: EngineProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    whole = Renderer.segment
+
+    def segment(self: Renderer, **given: object) -> tuple[int, ...]:
+        threads.append((len(str(given["content"])), threading.current_thread()))
+        return whole(self, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Renderer, "segment", segment)
+    room = LocalRoom()
+    room.write("word " * 20_000)
+    slot = room.ask("and?", **GREEDY)
+    async with running(room, tiny_model_dir, engine):
+        assert (await room.ended(slot)).state is State.FAILED
+    large = [thread for size, thread in threads if size > 50_000]
+    assert large
+    assert threading.main_thread() not in large
+
+
+async def test_a_long_path_is_rendered_a_few_entries_at_a_time(tiny_model_dir: Path) -> None:
+    room = LocalRoom()
+    for number in range(200):
+        room.write(f"entry {number}")
+    node = make_node(room, tiny_model_dir, asyncio.Event().wait)
+    transcript = Transcript(room.replica, node.renderer, node.identity.sealer)
+    last = room.replica.view()[-1]
+    turns = 1
+    while await transcript.load(last, 100_000):
+        turns += 1
+    assert turns >= 3
+    assert transcript.ids(last)
+    with pytest.raises(PromptTooLong):
+        await transcript.load(last, 50)
+
+
+async def test_a_pending_entry_is_rendered_anew_when_it_comes_to_stand_elsewhere(
+    tiny_model_dir: Path, engine: EngineProcess
+) -> None:
+    """Its close of a reply belongs to whoever comes first behind that reply."""
+    room = LocalRoom()
+    async with running(room, tiny_model_dir, engine) as node:
+        reply = await room.ended(room.ask("hello", **GREEDY))
+        renderer, sealer = node.renderer, node.identity.sealer
+    transcript = Transcript(room.replica, renderer, sealer)
+    late = room.write("late", after=reply.id)
+    alone = transcript.segment(late)
+    name = entry_id(1, b"early-bird")
+    born = Born(
+        Role.USER, "owner", "laptop", 1, room.replica.tree.facts(late).clock, after=reply.id
+    )
+    with room.replica.writing() as writer:
+        writer.add(name, born, "early")
+    assert room.replica.tree.up(late) == name
+    assert transcript.segment(late) != alone
+    fresh = Transcript(room.replica, renderer, sealer)
+    assert transcript.ids(late) == fresh.ids(late)

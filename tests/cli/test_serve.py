@@ -1,0 +1,39 @@
+"""What ``serve`` checks before it serves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from crdt_llm.cli.folders import DataFolder
+from crdt_llm.cli.serve import KEYS, lock_folder, serve
+from crdt_llm.errors import Corrupt, DataFolderBusy
+from crdt_llm.store.sqlite import SqliteLog
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize("name", KEYS)
+async def test_a_key_that_is_missing_beside_conversations_is_not_made_anew(
+    tmp_path: Path, name: str
+) -> None:
+    folder = DataFolder(tmp_path)
+    await (await SqliteLog.open(folder.log)).close()
+    for other in KEYS:
+        folder.key(other).parent.mkdir(exist_ok=True)
+        folder.key(other).write_bytes(b"k" * 32)
+        folder.key(other).chmod(0o600)
+    folder.key(name).unlink()
+    with pytest.raises(Corrupt, match=f"{name}.key is missing"):
+        await serve(folder, host="127.0.0.1", port=0, model_dir=None)
+    assert not folder.key(name).exists()
+
+
+def test_a_folder_is_served_once(tmp_path: Path) -> None:
+    lock = lock_folder(DataFolder(tmp_path))
+    with pytest.raises(DataFolderBusy, match="another crdt-llm serves"):
+        lock_folder(DataFolder(tmp_path))
+    lock.release()
+    lock_folder(DataFolder(tmp_path)).release()
