@@ -204,7 +204,9 @@ class KvTree:
         else:
             tile = path.tiles[depth]
             if len(tile.tokens) != offset:  # invariant 3: somebody else stands at its tip
-                copy = self._new_tile(tile.parent, tile.tokens[:offset].copy())
+                tokens = tile.tokens[:offset].copy()
+                # Rows of a forgotten tile stay forgotten in the copy.
+                copy = self._new_tile(tile.parent, tokens, detached=tile.detached)
                 self._slots.copy_rows(tile.slot, copy.slot, offset)
                 path.tiles[depth] = copy
                 self._unpin(tile)
@@ -269,12 +271,12 @@ class KvTree:
             message = "this path is closed"
             raise LocalMisuse(message)
 
-    def _new_tile(self, parent: Tile | None, tokens: Ids) -> Tile:
+    def _new_tile(self, parent: Tile | None, tokens: Ids, *, detached: bool = False) -> Tile:
         slot = self._take_slot(parent)
-        tile = Tile(slot=slot, parent=parent, tokens=tokens, pins=1)
-        if parent is not None and parent.detached:
-            tile.detached = True  # a forgotten path goes on, but nobody may adopt it
-        else:
+        # A forgotten path goes on, but nobody may adopt it.
+        detached = detached or (parent is not None and parent.detached)
+        tile = Tile(slot=slot, parent=parent, tokens=tokens, pins=1, detached=detached)
+        if not detached:
             self._children(parent).append(tile)
         return tile
 

@@ -28,19 +28,32 @@ SLOTS = 6
 
 @dataclass
 class RecordingSlots:
-    """Rows as the whole id path they were computed from: a wrong row cannot look right."""
+    """Rows as the whole id path they were computed from: a wrong row cannot look right.
+
+    Beside each stands the number of its computation, which tells a copy from a row computed anew.
+    """
 
     count: int = SLOTS
     rows: list[list[tuple[int, ...] | None]] = field(default_factory=list)
+    origins: list[list[int | None]] = field(default_factory=list)
+    computations: int = 0
 
     def __post_init__(self) -> None:
         self.rows = [[None] * TILE for _ in range(self.count)]
+        self.origins = [[None] * TILE for _ in range(self.count)]
+
+    def compute(self, slot: int, row: int, ids: np.ndarray) -> None:
+        self.rows[slot][row] = tuple(ids.tolist())
+        self.origins[slot][row] = self.computations
+        self.computations += 1
 
     def copy_rows(self, source: int, target: int, rows: int) -> None:
         self.rows[target][:rows] = self.rows[source][:rows]
+        self.origins[target][:rows] = self.origins[source][:rows]
 
     def wipe(self, slot: int, start: int) -> None:
         self.rows[slot][start:] = [None] * (TILE - start)
+        self.origins[slot][start:] = [None] * (TILE - start)
 
 
 def ids_of(*runs: tuple[int, int]) -> np.ndarray:
@@ -55,8 +68,7 @@ def compute(path: Path, slots: RecordingSlots, ids: np.ndarray, limit: int = 64)
         extent = path.reserve()
         rows = min(limit, extent.room, len(ids) - path.length)
         for index in range(rows):
-            upto = path.length + index + 1
-            slots.rows[extent.slot][extent.offset + index] = tuple(ids[:upto].tolist())
+            slots.compute(extent.slot, extent.offset + index, ids[: path.length + index + 1])
         path.append(ids[path.length : path.length + rows])
         computed += rows
     return computed
@@ -223,6 +235,21 @@ def test_a_forgotten_path_that_still_runs_is_wiped_when_it_ends(
     assert all(row is None for slot in slots.rows for row in slot)
 
 
+def test_what_a_running_path_copies_from_a_forgotten_tile_stays_forgotten(
+    tree: KvTree, slots: RecordingSlots
+) -> None:
+    secret, other = ids_of((1, 100)), ids_of((1, 60), (2, 30))
+    bring(tree, slots, secret)
+    path = tree.open(other)  # stands at 60 in the tile of the secret, and pins it
+    tree.forget(secret[:50], keep=0)
+    compute(path, slots, other)
+    check_rows(path, slots, other)
+    assert tree.open(other).length == 0
+    path.close()
+    assert tree.free_slots == SLOTS
+    assert all(row is None for slot in slots.rows for row in slot)
+
+
 @pytest.mark.parametrize("keep", [-1, 10, 11])
 def test_forgetting_keeps_less_than_it_names(tree: KvTree, keep: int) -> None:
     with pytest.raises(LocalMisuse):
@@ -268,12 +295,11 @@ class KvMachine(RuleBasedStateMachine):
         self.slots = RecordingSlots(count=12)
         self.tree = KvTree(self.slots)
         self.open: list[tuple[Path, list[np.ndarray]]] = []
+        self.forgotten: set[int | None] = set()
 
     @rule(target=paths, ids=RUNS)
     def open_path(self, ids: np.ndarray) -> tuple[Path, list[np.ndarray]]:
-        opened = (self.tree.open(ids), [ids])
-        self.open.append(opened)
-        return opened
+        return self._open(ids)
 
     @rule(path=paths, rows=st.sampled_from([1, 63, 64, 256]))
     def grow(self, path: tuple[Path, list[np.ndarray]], rows: int) -> None:
@@ -299,8 +325,29 @@ class KvMachine(RuleBasedStateMachine):
 
     @rule(ids=RUNS, share=st.floats(0, 0.99))
     def forget(self, ids: np.ndarray, share: float) -> None:
-        keep = int(share * len(ids))
+        self._forget(ids, int(share * len(ids)))
+
+    @rule(target=paths, path=paths, ids=RUNS, share=st.floats(0, 0.99))
+    def forget_what_a_new_path_shares(
+        self, path: tuple[Path, list[np.ndarray]], ids: np.ndarray, share: float
+    ) -> tuple[Path, list[np.ndarray]]:
+        """The new path stands inside a tile of the other when the other's text is forgotten."""
+        read = path[1][0][: path[0].length]
+        opened = self._open(np.concatenate([read[: int(share * len(read))], ids]))
+        if read.size:
+            self._forget(read, 0)
+        self.grow(opened, 64)
+        return opened
+
+    def _open(self, ids: np.ndarray) -> tuple[Path, list[np.ndarray]]:
+        opened = (self.tree.open(ids), [ids])
+        self.open.append(opened)
+        return opened
+
+    def _forget(self, ids: np.ndarray, keep: int) -> None:
+        before = self._adoptable()
         self.tree.forget(ids, keep)
+        self.forgotten |= before - self._adoptable()
         for tile, start, text in self._tiles():
             end = start + len(tile)
             whole = np.concatenate([text, tile])
@@ -308,6 +355,14 @@ class KvMachine(RuleBasedStateMachine):
             if agrees and end > keep:
                 # Only for the sake of another text that builds on it.
                 assert len(whole) < len(ids)
+
+    def _adoptable(self) -> set[int | None]:
+        """The computations whose rows a new path could stand on."""
+        return {
+            origin
+            for tile in self.tree._tiles()
+            for origin in self.slots.origins[tile.slot][: len(tile.tokens)]
+        }
 
     def _tiles(self) -> list[tuple[np.ndarray, int, np.ndarray]]:
         found = []
@@ -332,6 +387,12 @@ class KvMachine(RuleBasedStateMachine):
         assert len(in_tree) == len(set(in_tree))
         assert not self.tree._free & (set(in_tree) | pinned)
         assert self.tree._free | set(in_tree) | pinned == set(range(self.slots.count))
+
+    @invariant()
+    def what_was_forgotten_is_seen_by_running_paths_alone(self) -> None:
+        assert not self.forgotten & self._adoptable()
+        for slot in self.tree._free:
+            assert not self.forgotten & set(self.slots.origins[slot])
 
     @invariant()
     def only_full_tiles_have_children(self) -> None:
