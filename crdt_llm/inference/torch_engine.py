@@ -113,10 +113,13 @@ class TorchEngine:
         self._generating: deque[Request] = deque()
         self._warming: deque[Request] = deque()
         shape = self._model.shape
+        # A path that the memory could never hold is too long, not unlucky. One tile stays for the
+        # copy that a path needs where it leaves another in the middle of its last tile.
+        room = (self._pool.count - 1) * TILE
         self.capabilities = Capabilities(
             fingerprint=self._model.fingerprint,
             exactness=BIT_EXACT,
-            positions=shape.positions,
+            positions=min(shape.positions, room),
             vocabulary=shape.vocabulary,
             weight_format=WEIGHT_FORMAT,
         )
@@ -201,8 +204,8 @@ class TorchEngine:
             raise LocalMisuse("start must be in [1, number of ids]")
         if len(array) > self.capabilities.positions:
             message = (
-                f"the path has {len(array)} tokens and the model {self.capabilities.positions} "
-                "positions: shorten the conversation"
+                f"the path has {len(array)} tokens and this engine room for "
+                f"{self.capabilities.positions}: shorten the conversation"
             )
             raise PromptTooLong(message)
         tokens = array.astype(np.uint32)

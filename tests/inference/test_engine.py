@@ -29,7 +29,7 @@ from crdt_llm.inference.engine import (
     Sampled,
     SamplingParams,
 )
-from crdt_llm.inference.kv import KvTree
+from crdt_llm.inference.kv import TILE, KvTree
 from crdt_llm.inference.llama import read_config, read_rope, read_shape
 from crdt_llm.inference.torch_engine import REQUESTS_MAX, TorchEngine
 
@@ -68,6 +68,12 @@ class Run:
     def finish(self) -> None:
         while self.engine.busy:
             self.step()
+
+
+def with_slots(engine: TorchEngine, folder: Path, slots: int) -> TorchEngine:
+    """An engine whose KV memory holds so many tiles and a half of the model of ``engine``."""
+    slot_bytes = KV_BYTES // engine._pool.count
+    return TorchEngine(folder, slots * slot_bytes + slot_bytes // 2)
 
 
 def text_of(seed: int, length: int) -> list[int]:
@@ -205,8 +211,7 @@ def test_the_number_of_threads_leaves_no_trace(
 def test_evicted_kv_comes_back_the_same(
     engine: TorchEngine, whole: dict[int, KvDigest], tiny_model_dir: Path
 ) -> None:
-    slot_bytes = KV_BYTES // engine._pool.count
-    small = TorchEngine(tiny_model_dir, 4 * slot_bytes + slot_bytes // 2)
+    small = with_slots(engine, tiny_model_dir, 4)
     assert digest(small, TEXT[:700]) == whole[700]
     for seed in range(2, 8):
         warm(small, text_of(seed, 400))
@@ -437,17 +442,32 @@ def test_generating_goes_before_warming_and_takes_turns(empty: TorchEngine) -> N
 def test_without_room_a_request_fails_and_the_others_go_on(
     engine: TorchEngine, tiny_model_dir: Path
 ) -> None:
-    slot_bytes = KV_BYTES // engine._pool.count
-    small = TorchEngine(tiny_model_dir, 2 * slot_bytes + slot_bytes // 2)
+    small = with_slots(engine, tiny_model_dir, 3)
     run = Run(small)
-    params = SamplingParams(300, ignore_eos=True)
-    small.generate(1, TEXT[:200], params, 200)
-    small.generate(2, text_of(2, 300), params, 300)
+    small.generate(1, TEXT[:200], SamplingParams(300, ignore_eos=True), 200)
+    small.generate(2, text_of(2, 300), SamplingParams(200, ignore_eos=True), 300)
     run.finish()
     failed = [event[-1] for event in run.events.values() if isinstance(event[-1], CrdtLlmError)]
     assert [type(error) for error in failed] == [EngineBusy]
-    assert run.events[1][-1] == Finished("length")
+    assert run.events[2][-1] == Finished("length")
     assert warm(small, text_of(3, 500)).prefilled == 500
+
+
+def test_a_path_that_the_memory_could_never_hold_is_too_long(
+    engine: TorchEngine, tiny_model_dir: Path
+) -> None:
+    small = with_slots(engine, tiny_model_dir, 3)
+    room = small.capabilities.positions
+    assert room == 2 * TILE
+    with pytest.raises(PromptTooLong, match=f"has {room + 1} tokens and this engine room for"):
+        small.warm(0, text_of(1, room + 1))
+    # Whatever is admitted runs, once it is alone: a fork in the last tile of another path too.
+    assert warm(small, text_of(1, room)).prefilled == room
+    fork = [*text_of(1, room - 20), *text_of(2, 20)]
+    assert warm(small, fork) == Prefilled(room, room - 20, 20)
+    events = reply(small, text_of(3, room - 5), SamplingParams(300, ignore_eos=True))
+    assert len(ids_in(events)) == 5
+    assert events[-1] == Finished("positions")
 
 
 # -- the model -------------------------------------------------------------------------------------
