@@ -43,6 +43,7 @@ demo: install
 
 bench: install
 	$(BIN)/python bench/chat.py
+	$(BIN)/python bench/relay.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
