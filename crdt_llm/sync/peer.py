@@ -78,7 +78,7 @@ class RemotePeer(Peer):
         """Take one frame; waits while the room has too many of this peer's updates."""
         for event in self._session.receive(frame):
             if isinstance(event, Submit) and self._room is not None:
-                submission = Submission(self, event.update, event.is_document, event)
+                submission = Submission(self, event.update, event.answers, event)
                 await self._room.submit(submission)
             else:
                 self._follow(event)

@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from crdt_llm.document import rules
-from crdt_llm.document.conversation import ACCESS, EMPTY_STATE_VECTOR, META, Conversation
+from crdt_llm.document.conversation import ACCESS, EMPTY_STATE_VECTOR, META, ROOTS, Conversation
 from crdt_llm.document.rules import Author
 from crdt_llm.document.updates import merge
 from crdt_llm.errors import (
@@ -63,10 +63,11 @@ from crdt_llm.sync.verdict import Committed, Denied, Known, Lacking, reason_of
 from crdt_llm.sync.wire import UPDATE_BYTES_MAX, decode_state_vector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from crdt_llm.document.conversation import Change
     from crdt_llm.store.log import UpdateLog
+    from crdt_llm.sync.structure import Limits, Missing
     from crdt_llm.sync.verdict import Verdict
     from crdt_llm.sync.wire import AwarenessState
 
@@ -88,8 +89,8 @@ UNSETTLED_BYTES_MAX: Final = 1 << 20
 """Bytes of them; one larger update is taken alone."""
 
 OFFLOAD_BYTES_MIN: Final = 32 << 10
-"""From here on the structure of an update is read in a thread: 1.5 MB take the better part of a
-second, and the event loop belongs to all conversations."""
+"""From here on an update is read and searched for gaps in a thread: 1.5 MB take the better part of
+a second, and the event loop belongs to all conversations."""
 
 ANSWERS_PER_TURN_MAX: Final = 8
 """Answers may be whole documents: after a restart of the relay everyone asks at once."""
@@ -217,6 +218,32 @@ class _Batch:
 
 
 _ACCEPTED: Final = Committed(0)  # a promise; what is handed out names the LSN of the commit
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What an update's structure says, given what is known."""
+
+    ends: Mapping[int, int]
+    missing: Missing | None
+    brings: bool
+
+
+def _look_at(update: bytes, limits: Limits, known: Mapping[int, int]) -> _Look:
+    """All that is asked of an update before the replica sees it; pure, so any thread may do it.
+
+    Raises:
+        MalformedMessage: No update.
+        TooLarge: Over one of ``limits``.
+        Refused: It writes where no reader of the document looks, so that no rule would see it.
+    """
+    structure = read_update(update, limits)
+    for structs in structure.structs.values():
+        for item in structs:
+            if isinstance(item.parent, str) and item.parent not in ROOTS:
+                raise Refused("schema", f"a conversation has no root {item.parent[:50]!r}")
+    missing = find_gap(structure, known)
+    return _Look(structure.ends, missing, missing is None and brings(structure, known))
 
 
 class _Dirty(Exception):  # noqa: N818 - a signal inside this module
@@ -383,8 +410,9 @@ class Room:
                 self._is_resting = False
                 self._wake.clear()
                 await self._turn()
-                # A room that always has something to do must not keep the thread.
-                await asyncio.sleep(0)
+                if self._wake.is_set():
+                    # A room that always has something to do must not keep the thread.
+                    await asyncio.sleep(0)
         except CrdtLlmError as failure:
             logger.error("conversation %s: %s", self.id, reason_of(failure))  # noqa: TRY400 - one line an error
             error = failure
@@ -462,23 +490,23 @@ class Room:
         """I4. ``Committed`` is promised here and true after the commit."""
         limits = DOCUMENT_LIMITS if submission.is_document else TRANSACTION_LIMITS
         try:
+            # What is known does not change meanwhile: only this turn could change it.
             if len(submission.update) >= OFFLOAD_BYTES_MIN:
-                structure = await asyncio.to_thread(read_update, submission.update, limits)
+                look = await asyncio.to_thread(_look_at, submission.update, limits, self._known)
             else:
-                structure = read_update(submission.update, limits)
+                look = _look_at(submission.update, limits, self._known)
         except (Refused, MalformedMessage) as error:
             return Denied(error)
-        missing = find_gap(structure, self._known)
-        if missing is not None:
-            return Lacking(str(missing))
-        if not brings(structure, self._known):
+        if look.missing is not None:
+            return Lacking(str(look.missing))
+        if not look.brings:
             return Known()
         try:
             change = self._apply(submission)
         except _Dirty as dirty:
             await self._rebuild(batch.updates)
             return dirty.verdict
-        for client, end in structure.ends.items():
+        for client, end in look.ends.items():
             self._known[client] = max(end, self._known.get(client, 0))
         if change.is_empty:
             return Known()

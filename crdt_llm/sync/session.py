@@ -108,12 +108,11 @@ class Submit:
 
     Attributes:
         update: What the client wrote.
-        is_document: It came in a Step2, so it may be as large as a document.
-        answers: It is the Step2 that the session waits for.
+        answers: It is the Step2 that the session waits for, so it may be as large as a document.
+            Any other is one more transaction.
     """
 
     update: bytes
-    is_document: bool
     answers: bool
 
 
@@ -188,11 +187,11 @@ class Session:
     def _understood(self, message: Message) -> tuple[Event, ...]:  # noqa: PLR0911 - one each
         match message:
             case SyncUpdate(update):
-                return (Submit(update, is_document=False, answers=False),)
+                return (Submit(update, answers=False),)
             case SyncStep2(update):
                 answers = self.state in (State.ASKED, State.ASKED_AGAIN)
                 moved = self._move(Input.STEP2) if answers else ()
-                return (*moved, Submit(update, is_document=True, answers=answers))
+                return (*moved, Submit(update, answers=answers))
             case SyncStep1(state_vector):
                 if self.state is State.LIVE:
                     return (Answer(state_vector),)

@@ -66,18 +66,23 @@ class Limits:
         structs: Structs, each some 200 bytes of memory once read.
         values: Plain values (elements, members, JSON tokens), each up to 100 bytes of memory.
         deletions: Ranges of the delete set.
+        remains: Of the structs those that hold nothing (collected, skipped, deleted). They take two
+            bytes each, so that they are the cheapest way to keep a reader busy; what is honest has
+            them joined into runs.
     """
 
     update_bytes: int
     structs: int
     values: int
     deletions: int
+    remains: int
 
 
-DOCUMENT_LIMITS: Final = Limits(UPDATE_BYTES_MAX, 2**19, 2**19, 2**19)
-"""A whole document, as in a Step2: one of 5,000 entries has 1.5 MB and 50,000 structs."""
+DOCUMENT_LIMITS: Final = Limits(UPDATE_BYTES_MAX, 2**19, 2**19, 2**19, 2**17)
+"""A whole document, as in a Step2: one of 5,000 entries has 1.5 MB and 50,000 structs. A reply
+leaves three or four remains: its state that was overwritten, its chunks, the head that moved."""
 
-TRANSACTION_LIMITS: Final = Limits(2 * 2**20, 2**15, 2**15, 2**15)
+TRANSACTION_LIMITS: Final = Limits(2 * 2**20, 2**15, 2**15, 2**15, 2**12)
 """One live transaction: a long paste, or a reply's last words with its seal, many times over."""
 
 
@@ -526,7 +531,7 @@ _INT64: Final = struct.Struct(">q")
 class _Reader:
     """A position in one update. Methods read what they are named after and move on."""
 
-    __slots__ = ("at", "data", "deletions_left", "structs_left", "values_left")
+    __slots__ = ("at", "data", "deletions_left", "remains_left", "structs_left", "values_left")
 
     def __init__(self, data: bytes, limits: Limits) -> None:
         self.data = data
@@ -534,6 +539,7 @@ class _Reader:
         self.structs_left = limits.structs
         self.values_left = limits.values
         self.deletions_left = limits.deletions
+        self.remains_left = limits.remains
 
     def sections(self) -> dict[int, tuple[Struct, ...]]:
         sections: dict[int, tuple[Struct, ...]] = {}
@@ -593,6 +599,10 @@ class _Reader:
         if number >= len(_KINDS):
             raise MalformedMessage(f"content kind {number} is unknown")
         kind = _KINDS[number]
+        if kind in _VALUELESS:
+            self.remains_left -= 1
+            if self.remains_left < 0:
+                raise TooLarge("too-many-structs", "the update has too many collected structs")
         if kind is Kind.GC or kind is Kind.SKIP:
             if info != number:
                 raise MalformedMessage("a collected or skipped struct has flags")

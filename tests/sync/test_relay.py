@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 from contextlib import asynccontextmanager, suppress
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,11 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from crdt_llm.document.schema import Birth, conversation_id
 from crdt_llm.errors import StoreFailed
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
+from crdt_llm.sync import room as room_module
 from crdt_llm.sync.hub import Hub
 from crdt_llm.sync.peer import RemotePeer
 from crdt_llm.sync.relay import Limits, Relay
+from crdt_llm.sync.structure import find_gap
 from crdt_llm.sync.verdict import CloseCode
 from crdt_llm.sync.wire import (
     AuthDenied,
@@ -28,14 +31,16 @@ from crdt_llm.sync.wire import (
     SyncUpdate,
     decode,
     encode,
+    write_var_uint,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
 
     from websockets.asyncio.client import ClientConnection
 
     from crdt_llm.store.memory import MemorySeam
+    from crdt_llm.sync.structure import Missing, UpdateStructure
     from crdt_llm.sync.wire import Message
 
 TOKENS = {"owners-secret": "owner", "strangers-secret": "stranger"}
@@ -456,6 +461,58 @@ async def test_one_conversation_that_floods_does_not_stop_another() -> None:
         done = served.disk.conversations[CONVERSATION].lsn
         await flooding
         assert done < len(updates)
+
+
+def collected(structs: int) -> bytes:
+    """An update of so many structs of two bytes, which join into one that fills fifteen."""
+    return (
+        b"\1"
+        + b"".join(map(write_var_uint, (structs, 77, 0)))
+        + b"\0\1" * structs
+        + b"\0"  # and no deletions
+    )
+
+
+async def test_a_large_cheap_update_does_not_stop_another_conversation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other's whole exchange ends while the update is still searched."""
+    searching, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def search_long(structure: UpdateStructure, known: Mapping[int, int]) -> Missing | None:
+        if 77 in structure.structs:
+            loop.call_soon_threadsafe(searching.set)
+            assert go_on.wait(timeout=10)
+        return find_gap(structure, known)
+
+    monkeypatch.setattr(room_module, "find_gap", search_long)
+    other = Birth("owner", b"another 16 bytes")
+    async with (
+        serving() as served,
+        served.open() as one,
+        served.open(conversation_id(other)) as two,
+        served.open(conversation_id(other)) as three,
+    ):
+        b, c = new_device(2), new_device(3)
+        b.give_birth(other)
+        await sync(two, b)
+        await sync(three, c)
+        assert isinstance(await read(one), SyncStep1)
+        await one.send(encode(SyncStep2(collected(2**16))))
+        await searching.wait()
+        await say(two, b, "meanwhile")
+        await hear(three, c, "meanwhile")
+        go_on.set()
+
+
+async def test_only_the_answer_to_a_question_may_be_as_large_as_a_document() -> None:
+    async with serving() as served, served.open() as socket:
+        await sync(socket, new_device(1, born=True))
+        await socket.send(encode(SyncStep2(collected(2**16))))
+        code, reason, _ = await end_of(socket)
+        assert code == CloseCode.TOO_LARGE
+        assert reason.startswith("too-many-structs")
 
 
 async def test_the_birth_of_another_conversation_is_refused() -> None:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import pycrdt
 import pytest
 from sync.device import CONVERSATION, Device
 from sync.rooms import Place, born, turns
@@ -23,11 +25,12 @@ from crdt_llm.errors import (
     TooLarge,
 )
 from crdt_llm.sync import room as room_module
-from crdt_llm.sync.room import COMPACT_BYTES_MIN, UNSETTLED_MAX
+from crdt_llm.sync import structure
+from crdt_llm.sync.room import COMPACT_BYTES_MIN, OFFLOAD_BYTES_MIN, UNSETTLED_MAX
 from crdt_llm.sync.wire import decode_state_vector
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from sync.rooms import Member
 
@@ -88,6 +91,45 @@ async def test_a_refusal_is_whole() -> None:
     assert place.durable == 1
     now = replayed([(await place.join()).membership.state])
     assert now.replica.meta_plain().keys() == {"schema", "birth"}
+
+
+async def test_what_no_reader_of_the_document_sees_is_refused() -> None:
+    """No rule sees it either: rules are about the roots of the schema."""
+    place = Place()
+    owner, device = await born(place)
+    other = await place.join()
+    smuggler = pycrdt.Doc(client_id=55)
+    smuggler.apply_update(device.replica.diff())
+    known = smuggler.get_state()
+    smuggler.get("smuggled", type=pycrdt.Map)["x"] = "y" * 1000
+    with pytest.raises(Refused, match="smuggled") as refused:
+        await owner.membership.submit(smuggler.get_update(known))
+    assert refused.value.code == "schema"
+    assert other.heard == []
+    assert place.durable == 1
+
+
+async def test_a_large_update_is_read_and_searched_off_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: dict[str, int] = {}
+
+    def noting(name: str, asked: Callable[..., Any]) -> Callable[..., Any]:
+        def asking(*arguments: Any) -> Any:
+            threads[name] = threading.get_ident()
+            return asked(*arguments)
+
+        return asking
+
+    for asked in (structure.read_update, structure.find_gap, structure.brings):
+        monkeypatch.setattr(room_module, asked.__name__, noting(asked.__name__, asked))
+    place = Place()
+    owner, device = await born(place)
+    assert set(threads.values()) == {threading.get_ident()}  # a small one is not worth the way
+    threads.clear()
+    await owner.membership.submit(device.say("x" * OFFLOAD_BYTES_MIN))
+    assert len(threads) == 3
+    assert threading.get_ident() not in threads.values()
 
 
 async def test_a_refusal_leaves_the_others_of_its_batch_alone() -> None:

@@ -56,9 +56,8 @@ NOTHING = b"\0\0"
 STEP1 = encode(SyncStep1(b"\0"))
 STEP2 = encode(SyncStep2(NOTHING))
 UPDATE = encode(SyncUpdate(NOTHING))
-FIRST = Submit(NOTHING, is_document=True, answers=True)
-LATER = Submit(NOTHING, is_document=True, answers=False)
-LIVE = Submit(NOTHING, is_document=False, answers=False)
+FIRST = Submit(NOTHING, answers=True)
+LIVE = Submit(NOTHING, answers=False)
 GAP = Lacking("waits for something")
 
 
@@ -172,8 +171,8 @@ def test_a_first_step2_with_a_gap_is_asked_for_once_more() -> None:
 
 def test_a_step2_that_nobody_asked_for_is_an_update() -> None:
     session = live()
-    assert session.receive(STEP2) == (LATER,)
-    assert session.settle(LATER, GAP) == (Ask(),)
+    assert session.receive(STEP2) == (LIVE,)  # and has no more room than any other
+    assert session.settle(LIVE, GAP) == (Ask(),)
 
 
 REFUSALS = [

@@ -624,27 +624,37 @@ def test_json_nested_20_000_deep_is_malformed() -> None:
 @pytest.mark.parametrize(
     ("limits", "code"),
     [
-        (Limits(10, 9, 9, 9), "update-too-large"),
-        (Limits(99, 1, 9, 9), "too-many-structs"),
-        (Limits(99, 9, 2, 9), "too-many-values"),
-        (Limits(99, 9, 9, 1), "too-many-deletions"),
+        (Limits(10, 9, 9, 9, 9), "update-too-large"),
+        (Limits(99, 1, 9, 9, 9), "too-many-structs"),
+        (Limits(99, 9, 2, 9, 9), "too-many-values"),
+        (Limits(99, 9, 9, 1, 9), "too-many-deletions"),
     ],
     ids=str,
 )
 def test_over_a_limit_is_too_large(limits: Limits, code: str) -> None:
     update = bytes((1, 2, 7, 0, Kind.ANY, 1, 1, 97, 1, 117, 2, 126, 126, 0, 1, 1, 7, 2, 0, 1, 2, 1))
-    read_update(update, Limits(99, 2, 3, 2))
+    read_update(update, Limits(99, 2, 3, 2, 9))
     with pytest.raises(TooLarge) as caught:
         read_update(update, limits)
     assert caught.value.code == code
 
 
+@pytest.mark.parametrize("kind", [Kind.GC, Kind.DELETED, Kind.SKIP])
+def test_structs_that_hold_nothing_have_a_limit_of_their_own(kind: Kind) -> None:
+    root = b"" if kind is not Kind.DELETED else b"\1" + write_var_string("t")
+    update = bytes((1, 3, 7, 0)) + (bytes((kind,)) + root + b"\1") * 3 + b"\0"
+    read_update(update, Limits(99, 9, 9, 9, 3))
+    with pytest.raises(TooLarge, match="collected") as caught:
+        read_update(update, Limits(99, 9, 9, 9, 2))
+    assert caught.value.code == "too-many-structs"
+
+
 def test_json_counts_as_the_values_it_becomes() -> None:
     embed = bytes((1, 1, 7, 0, Kind.EMBED, 1)) + write_var_string("t")
     update = embed + write_var_string('[1,{"a":2}]') + b"\0"
-    read_update(update, Limits(99, 1, 4, 1))
+    read_update(update, Limits(99, 1, 4, 1, 9))
     with pytest.raises(TooLarge, match="too many values"):
-        read_update(update, Limits(99, 1, 3, 1))
+        read_update(update, Limits(99, 1, 3, 1, 9))
 
 
 def test_a_count_that_promises_more_than_the_limit_costs_nothing() -> None:
