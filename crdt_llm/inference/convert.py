@@ -189,8 +189,7 @@ def _write_weights(reader: Any, facts: dict[str, Any], path: Path) -> None:
     """Write a safetensors file: u64 little-endian header length, JSON header, tensors end to end.
 
     Format: huggingface/safetensors, README. Written here because the library's own writers take
-        torch or
-    numpy tensors, and numpy has no bfloat16.
+    torch or numpy tensors, and numpy has no bfloat16.
     """
     tensors = dict(_weights(reader, facts))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
