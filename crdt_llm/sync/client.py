@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from random import SystemRandom
 from typing import TYPE_CHECKING, Any, Final, Self, TypedDict, Unpack
 
+from crdt_llm.document import rules
 from crdt_llm.document.schema import (
     NONCE_BYTES,
     PARAMS_STOP_CHARACTERS_MAX,
@@ -40,7 +42,7 @@ from crdt_llm.document.schema import (
     is_entry_id,
     read_params,
 )
-from crdt_llm.errors import ConnectionLost, LocalMisuse, ReplyFailed
+from crdt_llm.errors import ConnectionLost, Gap, LocalMisuse, Refused, ReplyFailed
 from crdt_llm.sync.changes import Changed, Feeds
 from crdt_llm.sync.dial import Address, websocket_dial
 from crdt_llm.sync.link import DEVICE_CHARACTERS_MAX
@@ -55,7 +57,6 @@ if TYPE_CHECKING:
 
     from crdt_llm.document.conversation import Change, Conversation, Writer
     from crdt_llm.document.schema import Entry, Meta
-    from crdt_llm.errors import Refused
     from crdt_llm.sync.changes import Feed
     from crdt_llm.sync.dial import Dial
     from crdt_llm.sync.link import Traffic
@@ -347,6 +348,10 @@ class OpenConversation:
         kind = _author_role(role)
         if (kind is Role.TOOL) != (call is not None):
             raise LocalMisuse("an entry with the role tool needs the call it answers, others none")
+        if call is not None and not _checked_text(
+            call, "the call", characters_max=rules.CALL_CHARACTERS_MAX
+        ):
+            raise LocalMisuse("a call has an id")
         _checked_text(text, "the text")
         entry = self._new_id()
 
@@ -354,7 +359,7 @@ class OpenConversation:
             after = document.tree.last(self._head(document))
             writer.add(entry, replace(self._born(document, kind, after), call=call), text)
 
-        await self._replica.write(compose)
+        await self._write(compose)
         return entry
 
     async def ask(self, text: str, *, role: str = "user", **sampling: Unpack[Sampling]) -> Reply:
@@ -376,7 +381,7 @@ class OpenConversation:
             writer.add(entry, born, text)
             writer.add(slot, self._slot(born, entry, params))
 
-        await self._replica.write(compose)
+        await self._write(compose)
         return Reply(self, slot)
 
     async def request(self, **sampling: Unpack[Sampling]) -> Reply:
@@ -388,7 +393,7 @@ class OpenConversation:
             born = self._born(document, Role.ASSISTANT, after)
             writer.add(slot, replace(born, params=params))
 
-        await self._replica.write(compose)
+        await self._write(compose)
         return Reply(self, slot)
 
     async def regenerate(
@@ -485,13 +490,13 @@ class OpenConversation:
             if slot is None:
                 return None
         stopped = self._slot_or_last(slot).id
-        await self._replica.write(lambda _, writer: writer.stop(stopped, self._client.principal))
+        await self._write(lambda _, writer: writer.stop(stopped, self._client.principal))
         return stopped
 
     async def rename(self, title: str) -> None:
         """Give the conversation a title."""
         _checked_text(title, "the title", characters_max=TITLE_CHARACTERS_MAX)
-        await self._replica.write(lambda _, writer: writer.set_meta("title", title))
+        await self._write(lambda _, writer: writer.set_meta("title", title))
 
     async def set_head(self, entry: str) -> None:
         """Show the line of an entry on every device that does not look elsewhere."""
@@ -507,10 +512,31 @@ class OpenConversation:
             self._look = entry
             self._feeds.announce(Changed(look=True))
 
+    async def _write(self, compose: Callable[[Conversation, Writer], None]) -> None:
+        """Write what the relay will take.
+
+        It refuses a write as a whole, and with it whatever is sent together with it: each time
+        anew, so that this device could never sync again.
+        """
+        try:
+            await self._replica.write(compose, self._check)
+        except Refused as refused:
+            raise LocalMisuse(f"the relay would refuse this: {refused}") from refused
+
+    def _check(self, change: Change, document: Conversation) -> None:
+        # What has not come here yet is no offence: the relay has it, or asks for it.
+        with suppress(Gap):
+            rules.check(
+                change,
+                document,
+                conversation_id=self.id,
+                author=rules.Author(self._client.principal),
+            )
+
     async def _write_and_look(
         self, compose: Callable[[Conversation, Writer], None], entry: str | None
     ) -> None:
-        await self._replica.write(compose)
+        await self._write(compose)
         if entry is not None:
             self.look(entry)
 
@@ -740,7 +766,7 @@ class Client:
                 writer.set_meta("title", title)
 
         try:
-            await conversation._replica.write(compose)  # noqa: SLF001 - one class in two halves
+            await conversation._write(compose)  # noqa: SLF001 - one class in two halves
         except BaseException:
             await conversation.close()
             raise

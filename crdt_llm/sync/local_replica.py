@@ -167,11 +167,17 @@ class LocalReplica:
 
     # -- writing -------------------------------------------------------------------------------
 
-    async def write(self, compose: Callable[[Conversation, Writer], None]) -> None:
+    async def write(
+        self,
+        compose: Callable[[Conversation, Writer], None],
+        check: Callable[[Change, Conversation], None] | None = None,
+    ) -> None:
         """Write in one transaction; returns when it is on disk.
 
         Args:
             compose: writes; it is given the document as it is at that moment, and may not wait.
+            check: looks at what was written, and at the document with it; if it raises, nothing
+                was written.
 
         Raises:
             StoreFailed: it is not on disk, and is not in the replica any more.
@@ -180,12 +186,14 @@ class LocalReplica:
         try:
             with self._document.writing() as writer:
                 compose(self._document, writer)
+            change = writer.change
+            if check is not None and change is not None:
+                check(change, self._document)
         except BaseException:
             # The library keeps what was written until then.
             self._stale = True
             await self._mend()
             raise
-        change = writer.change
         if change is None or change.is_empty:
             return
         item = self._put(change.update, local=True)
@@ -268,12 +276,12 @@ class LocalReplica:
 
     def _built(self, loaded: Loaded) -> Conversation:
         document = Conversation(self._fresh_client())
-        updates = [update for _, update in loaded.updates]
-        if loaded.snapshot is not None:
-            updates.insert(0, loaded.snapshot)
         try:
-            for update in updates:
-                document.apply(update)
+            if loaded.snapshot is not None:
+                document.apply(loaded.snapshot)
+            for _, update in loaded.updates:
+                # Whoever wrote it was killed before the text was gone from the disk.
+                self._redacted |= _withdraws(document.apply(update))
         except MalformedMessage as error:
             raise Corrupt(
                 f"the stored replica of conversation {self.conversation_id} cannot be read;"
@@ -284,8 +292,7 @@ class LocalReplica:
         return document
 
     def _changed(self, change: Change) -> None:
-        if any(edit.key == "redacted" and edit.new is not None for edit in change.edits):
-            self._redacted = True
+        self._redacted |= _withdraws(change)
         for listener in self._change_listeners:
             listener(change)
 
@@ -303,6 +310,8 @@ class LocalReplica:
             raise
 
     async def _keep_up(self) -> None:
+        async with self._moving:
+            await self._compact_if_due()
         while not (self._closing and not self._queue):
             await self._work.wait()
             if not self._urgent.is_set():
@@ -394,3 +403,7 @@ class LocalReplica:
         except (StoreFailed, Corrupt) as error:
             # Nothing is lost by a long log. After the next commit it is tried again.
             logger.warning("conversation %s was not compacted: %s", self.conversation_id, error)
+
+
+def _withdraws(change: Change) -> bool:
+    return any(edit.key == "redacted" and edit.new is not None for edit in change.edits)

@@ -652,3 +652,33 @@ async def test_a_client_that_was_not_opened_says_so(relay: Partner) -> None:
         await client.create()
     with pytest.raises(LocalMisuse, match="async with"):
         await client.conversations()
+
+
+async def test_what_the_relay_would_refuse_is_not_written(relay: Partner) -> None:
+    """It would be sent again on each connection, and with it all else would be refused."""
+    async with client_of(relay) as client:
+        conversation = await client.create()
+        conversation.pause()
+        with pytest.raises(LocalMisuse, match="would refuse"):
+            await conversation.ask("42", role="tool")  # an answer to no call
+        for call in ("", "x" * 201):
+            with pytest.raises(LocalMisuse, match="call"):
+                await conversation.send("42", role="tool", call=call)
+        assert conversation.view() == ()
+        await conversation.send("42", role="tool", call="x" * 200)
+        conversation.resume()
+        await conversation.synced_once()
+        await relay.until(lambda: len(relay.document(conversation.id).tree) == 1)
+
+
+async def test_one_may_write_before_the_conversation_has_come(relay: Partner) -> None:
+    async with client_of(relay) as client:
+        conversation = await client.create()
+        await conversation.synced_once()
+        await relay.until(lambda: conversation.id in relay.heard)
+        async with client_of(relay, device="phone") as other:
+            early = await other.open(conversation.id)
+            early.pause()
+            await early.send("Hello")
+            early.resume()
+            await until(conversation, lambda: texts(conversation) == ["Hello"])

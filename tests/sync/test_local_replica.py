@@ -387,6 +387,16 @@ async def test_withdrawn_text_leaves_the_disk() -> None:
     assert b"a secret" not in stored.snapshot
 
 
+class ScrubbedLog(MemoryLog):
+    """A log that counts how often it was scrubbed."""
+
+    scrubs = 0
+
+    async def scrub(self) -> None:
+        self.scrubs += 1
+        await super().scrub()
+
+
 class GatedLog(MemoryLog):
     """A log whose readers hear late of what they saw."""
 
@@ -424,6 +434,41 @@ async def test_a_write_that_is_committed_while_the_replica_is_built_anew_stays()
     await replica.close()
     assert disk.disk.conversations[NAME].snapshot is not None
     assert set(disk.document().tree.entries) == {entry(1), entry(2)}
+
+
+async def test_withdrawn_text_leaves_the_disk_after_a_kill_too() -> None:
+    disk, elsewhere = Disk(), Elsewhere()
+    async with MemoryLog(disk.disk, clock=lambda: 0) as log:
+        await log.append(NAME, [elsewhere.write(1, "a secret")])
+        with elsewhere.document.writing() as writer:
+            writer.set(entry(1), "redacted", {"by": "owner", "at": 1})
+            del elsewhere.document._roots["entries"][entry(1)]["content"]
+        assert writer.change is not None
+        await log.append(NAME, [writer.change.update])
+    log = ScrubbedLog(disk.disk, clock=lambda: 0)
+    replica = await LocalReplica.open(NAME, log, Random(1))
+    await replica.close()
+    stored = disk.disk.conversations[NAME]
+    assert not stored.updates
+    assert stored.snapshot is not None
+    assert b"a secret" not in stored.snapshot
+    assert log.scrubs == 1
+
+
+async def test_what_the_check_refuses_never_happened() -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+
+        def check(change: Change, document: Conversation) -> None:
+            assert change.entries == {entry(1)}
+            assert entry(1) in document.tree
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await replica.write(adds(1), check)
+        assert replica.is_empty
+        await replica.write(adds(2))
+    assert set(disk.document().tree.entries) == {entry(2)}
 
 
 async def test_a_damaged_copy_is_said_to_be_damaged() -> None:

@@ -98,7 +98,7 @@ async def test_what_no_reader_of_the_document_sees_is_refused() -> None:
     place = Place()
     owner, device = await born(place)
     other = await place.join()
-    smuggler = pycrdt.Doc(client_id=55)
+    smuggler: pycrdt.Doc[Any] = pycrdt.Doc(client_id=55)
     smuggler.apply_update(device.replica.diff())
     known = smuggler.get_state()
     smuggler.get("smuggled", type=pycrdt.Map)["x"] = "y" * 1000
