@@ -44,7 +44,7 @@ class Door:
     def __init__(self, url: str, dial: Dial) -> None:
         self.url = url
         self._dial = dial
-        self._failure: CrdtLlmError | None = None
+        self._failure: Exception | None = None
         self._tried = asyncio.Event()
         self._news = asyncio.Event()
 
@@ -55,11 +55,12 @@ class Door:
             async with self._dial(conversation) as socket:
                 self._note(None)
                 yield socket
-        except CrdtLlmError as error:
+        except Exception as error:
+            # A bug too: whoever waits for the end of an attempt would wait for ever.
             self._note(error)
             raise
 
-    def _note(self, failure: CrdtLlmError | None) -> None:
+    def _note(self, failure: Exception | None) -> None:
         self._failure = failure
         self._tried.set()
         self._news.set()
@@ -87,7 +88,8 @@ class Door:
             Unavailable: nobody answered. A refusal is not raised: the conversation tells of it.
         """
         await self._tried.wait()
-        if isinstance(self._failure, Unavailable):
+        told_elsewhere = isinstance(self._failure, CrdtLlmError | None)
+        if isinstance(self._failure, Unavailable) or not told_elsewhere:
             raise Unavailable(f"no relay answers at {self.url}: {meanwhile}") from self._failure
 
 

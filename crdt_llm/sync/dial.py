@@ -101,6 +101,7 @@ class Address:
         try:
             parts = urlsplit(url)
             host, _port = parts.hostname, parts.port  # reading the port checks it
+            (host or "").encode("idna")  # as whoever looks the name up does
         except ValueError as error:
             raise LocalMisuse(f"{url!r} is no address of a relay: {error}") from error
         scheme = _SCHEMES.get(parts.scheme)

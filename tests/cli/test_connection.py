@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
@@ -17,14 +18,13 @@ from crdt_llm.sync.client import Client
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from crdt_llm.errors import CrdtLlmError
     from crdt_llm.sync.dial import Socket
 
 
 class Failing(AbstractAsyncContextManager["Socket"]):
     """A socket that cannot be had."""
 
-    def __init__(self, error: CrdtLlmError) -> None:
+    def __init__(self, error: Exception) -> None:
         self._error = error
 
     async def __aenter__(self) -> Socket:
@@ -34,7 +34,7 @@ class Failing(AbstractAsyncContextManager["Socket"]):
         """It was never entered."""
 
 
-def failing(error: CrdtLlmError) -> Door:
+def failing(error: Exception) -> Door:
     def dial(_: str) -> AbstractAsyncContextManager[Socket]:
         return Failing(error)
 
@@ -48,6 +48,15 @@ async def test_nobody_answering_is_told_with_what_follows() -> None:
         with pytest.raises(Unavailable, match="ws://relay/: it is kept"):
             await door.reached("it is kept")
         assert door.standing(conversation) is Standing.AWAY
+
+
+async def test_a_bug_in_the_dial_keeps_nobody_waiting() -> None:
+    door = failing(ZeroDivisionError("a bug"))
+    async with Client("ws://relay/", dial=door.dial) as client:
+        await client.create()
+        async with asyncio.timeout(10):
+            with pytest.raises(Unavailable, match="it is kept"):
+                await door.reached("it is kept")
 
 
 async def test_a_refusal_is_the_conversation_s_to_tell() -> None:

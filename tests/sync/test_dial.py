@@ -76,6 +76,8 @@ def test_loopback_needs_no_proxy(url: str, *, loopback: bool) -> None:
         "ws://example.org/#top",
         "ws://example.org/?room=1",
         "ws://[::1/",
+        "http://127.0.0..1:8765/",
+        f"http://{'x' * 64}.example/",
     ],
 )
 def test_what_is_no_address_is_said_in_one_line(url: str) -> None:
