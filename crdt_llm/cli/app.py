@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from crdt_llm.cli.printable import one_line
 from crdt_llm.errors import CrdtLlmError, LocalMisuse
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ _INFERENCE_PACKAGES: Final = frozenset(
 
 def _complain(message: str) -> None:
     """One line on standard error."""
-    print(f"crdt-llm: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201 - the terminal
+    print(f"crdt-llm: {one_line(message)}", file=sys.stderr)  # noqa: T201 - the terminal
 
 
 def explain(error: Exception) -> tuple[str, int]:

@@ -98,6 +98,7 @@ def _failing(monkeypatch: pytest.MonkeyPatch, failure: BaseException) -> None:
     ("failure", "code", "says"),
     [
         (ModelUnusable("it is\nbroken"), commands.FAILED, "crdt-llm: it is broken"),
+        (LocalMisuse("\x1b]0;title\x07"), commands.USAGE, "crdt-llm: \ufffd]0;title\ufffd"),
         (LocalMisuse("written otherwise"), commands.USAGE, "crdt-llm: written otherwise"),
         (ZeroDivisionError("by zero"), commands.FAILED, "ZeroDivisionError: by zero"),
         (OSError(errno.EADDRINUSE, "address in use"), commands.FAILED, "choose --port"),
