@@ -1,8 +1,9 @@
 """Conversations as they lie in a log file, read without disturbing whoever writes it.
 
 This module owns the reading of a relay's or a device's file from beside: it works while another
-process serves the folder (SQLite's write-ahead log lets readers in) and when none does, and writes
-nothing. It must not know sockets or terminals.
+process serves the folder (SQLite's write-ahead log lets readers in) and when none does. It changes
+no content; after a kill SQLite folds what waits in the write-ahead log into the file. It must not
+know sockets or terminals.
 """
 
 from __future__ import annotations
