@@ -263,7 +263,9 @@ async def test_a_failing_disk_says_come_back_and_heals() -> None:
             code, _, messages = await end_of(socket)
             assert code == CloseCode.TRY_AGAIN
             assert not any(isinstance(message, AuthDenied) for message in messages)
-        assert (await served.get("/readyz"))[0] == 503
+        status, _, body = await served.get("/readyz")
+        assert (status, json.loads(body)["store"]) == (503, "failing")
+        assert "no space" not in body
         served.failing = False
         async with served.open() as socket:
             await sync(socket, device)
