@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 from crdt_llm.errors import CrdtLlmError, MalformedMessage, ModelUnusable
 from crdt_llm.inference import pipe
@@ -41,10 +41,13 @@ COMMANDS_WAITING_MAX = 4096
 pipe fills up and the parent waits."""
 
 
-def _leave(code: int) -> None:
-    """End at once, whatever other threads compute."""
-    sys.stderr.flush()
-    os._exit(code)
+def _leave(code: int, last_words: str = "") -> NoReturn:
+    """End at once, whatever other threads compute and whether or not anybody reads the log."""
+    try:
+        sys.stderr.write(last_words)
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def _read_commands(source: BinaryIO, commands: queue.Queue[pipe.Command]) -> None:
@@ -57,8 +60,7 @@ def _read_commands(source: BinaryIO, commands: queue.Queue[pipe.Command]) -> Non
             body = source.read(pipe.decode_length(head))
             command = pipe.decode_command(body)
         except MalformedMessage as error:
-            sys.stderr.write(f"engine: {error}\n")
-            _leave(EXIT_MALFORMED)
+            _leave(EXIT_MALFORMED, f"engine: {error}\n")
         commands.put(command)
 
 

@@ -261,6 +261,16 @@ def test_bytes_that_are_no_command_end_the_worker_with_a_word(tiny_model_dir: Pa
         assert b"no message" in worker.stderr.read()
 
 
+def test_the_worker_ends_though_nobody_reads_its_log(tiny_model_dir: Path) -> None:
+    with spawn_worker(tiny_model_dir) as worker:
+        assert worker.stdin is not None
+        assert worker.stderr is not None
+        worker.stderr.close()
+        worker.stdin.write(b"\x02\x00\x00\x00\xc1\xc1")
+        worker.stdin.flush()
+        assert worker.wait(END_SECONDS_MAX) == 3
+
+
 PARENT = """
     import asyncio, sys
     from pathlib import Path
