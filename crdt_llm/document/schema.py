@@ -26,7 +26,6 @@ SCHEMA_VERSION: Final = 1
 # Limits. Each is a bound on what one writer can make every replica carry.
 TEXT_BYTES_MAX: Final = 1 << 20  # one entry: longer than any context window we can serve
 TITLE_CHARACTERS_MAX: Final = 500  # a line in a list
-DOCUMENT_BYTES_MAX: Final = 64 << 20  # what a phone can hold in memory as one replica
 ENTRIES_MAX: Final = 100_000  # the tree stays in memory on every replica
 PRINCIPAL_CHARACTERS_MAX: Final = 200  # a name, not a payload
 NESTING_MAX: Final = 16  # deeper plain values have crashed CRDT libraries
