@@ -25,6 +25,7 @@ import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional
@@ -288,6 +289,7 @@ def fingerprint(folder: Path, config: dict[str, Any]) -> str:
         WEIGHT_FORMAT,
         str(KV_DTYPE),
         torch.__version__,
+        np.__version__,  # it draws the samples
         cpu_features(),
         str(config["model_type"]),
         repr(read_shape(config)),
@@ -326,9 +328,11 @@ class Llama:
             self._read_layer(weights, f"model.layers.{index}.") for index in range(shape.layers)
         ]
         self._norm = weights.take("model.norm.weight", shape.hidden).float()
-        head = weights.take_if_there("lm_head.weight", *table_shape)
-        if head is None or shape.tied_head:
+        if shape.tied_head:
+            weights.take_if_there("lm_head.weight", *table_shape)  # a copy, if some writer left one
             head = self._embedding
+        else:
+            head = weights.take("lm_head.weight", *table_shape)
         self._head = Int8Linear.quantise([head], [None])
         weights.check_empty()
         self._cosines, self._sines = _rotations(folder, read_rope(config), shape)

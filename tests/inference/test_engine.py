@@ -30,7 +30,7 @@ from crdt_llm.inference.engine import (
     SamplingParams,
 )
 from crdt_llm.inference.kv import TILE, KvTree
-from crdt_llm.inference.llama import read_config, read_rope, read_shape
+from crdt_llm.inference.llama import fingerprint, read_config, read_rope, read_shape
 from crdt_llm.inference.torch_engine import REQUESTS_MAX, TorchEngine
 
 if TYPE_CHECKING:
@@ -492,6 +492,17 @@ def test_the_fingerprint_follows_the_weights(
     assert changed != engine.capabilities.fingerprint
 
 
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_the_fingerprint_follows_the_libraries_that_compute(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    config = read_config(tiny_model_dir)
+    before = fingerprint(tiny_model_dir, config)
+    assert fingerprint(tiny_model_dir, config) == before
+    monkeypatch.setattr(f"{library}.__version__", "0.0.0")
+    assert fingerprint(tiny_model_dir, config) != before
+
+
 def reference_logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow to load
 
@@ -772,6 +783,23 @@ def test_sharded_weights_are_one_model(tiny_model_dir: Path, tmp_path: Path) -> 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     sharded = TorchEngine(folder, KV_BYTES)
     assert digest(sharded, TEXT[:50]) == digest(TorchEngine(tiny_model_dir, KV_BYTES), TEXT[:50])
+
+
+def test_the_embedding_is_the_head_only_where_the_configuration_says_so(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file  # noqa: PLC0415 - for this test alone
+
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    change_config(folder, tie_word_embeddings=True)
+    tied = digest(TorchEngine(folder, KV_BYTES), TEXT[:50])
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    assert digest(TorchEngine(folder, KV_BYTES), TEXT[:50]) == tied
+    change_config(folder, tie_word_embeddings=False)
+    with pytest.raises(ModelUnusable, match=r"no weight lm_head\.weight"):
+        TorchEngine(folder, KV_BYTES)
 
 
 def test_a_kv_memory_without_room_is_refused(tiny_model_dir: Path) -> None:
