@@ -10,13 +10,13 @@ import hmac
 import os
 from base64 import urlsafe_b64encode
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final, TypeAlias
 from urllib.parse import urlsplit
 
+from crdt_llm.document.keys import read_or_make
 from crdt_llm.errors import Corrupt
+from crdt_llm.sync.loopback import is_loopback
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,8 +29,6 @@ TOKEN_BYTES: Final = 32  # as hard to guess as the keys it stands beside
 TOKEN_CHARACTERS: Final = 43  # base64url of 32 bytes, without padding
 TOKEN_CHARACTERS_MAX: Final = 512  # longer ones are not compared: nobody issues them
 
-_PRIVATE: Final = 0o600
-_OTHERS: Final = 0o077
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
@@ -57,30 +55,13 @@ class TokenAccess:
 def load_or_create_token(path: Path, random: Callable[[int], bytes] = os.urandom) -> str:
     """Read the token in ``path``, or make one, mode 0600, if there is no such file.
 
-    The file is written whole under another name and then linked, so that two processes that start
-    at once end with the same token.
-
     Raises:
         Corrupt: The file holds something else, or others may read it.
     """
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        token = urlsafe_b64encode(random(TOKEN_BYTES)).rstrip(b"=")
-        fresh = path.with_name(f"{path.name}.{random(8).hex()}")
-        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _PRIVATE)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(token + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            # Somebody may have been faster: theirs counts, and is read below.
-            with suppress(FileExistsError):
-                os.link(fresh, path)
-        finally:
-            fresh.unlink()
-    if path.stat().st_mode & _OTHERS:
-        raise Corrupt(f"the token file {path} can be read by others: run chmod 600 on it")
-    token_text = path.read_bytes().strip().decode(errors="replace")
+    made = read_or_make(
+        path, lambda: urlsafe_b64encode(random(TOKEN_BYTES)).rstrip(b"=") + b"\n", random
+    )
+    token_text = made.strip().decode(errors="replace")
     if len(token_text) != TOKEN_CHARACTERS or not token_text.isascii():
         raise Corrupt(f"the token file {path} is damaged: delete it, and a new one is made")
     return token_text
@@ -109,13 +90,4 @@ def may_connect(origin: str | None, host: str | None, allowed: frozenset[str]) -
         return False
     if page.scheme not in _DEFAULT_PORTS or not page.hostname:
         return False
-    return same or _is_loopback(page.hostname)
-
-
-def _is_loopback(name: str) -> bool:
-    if name == "localhost" or name.endswith(".localhost"):  # RFC 6761, 6.3
-        return True
-    try:
-        return ip_address(name).is_loopback
-    except ValueError:
-        return False
+    return same or is_loopback(page.hostname)

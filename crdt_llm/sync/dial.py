@@ -6,7 +6,6 @@ of the library's errors into ours. It must not know what a frame means.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -26,6 +25,7 @@ from crdt_llm.errors import (
     MalformedMessage,
     Refused,
 )
+from crdt_llm.sync.loopback import is_loopback
 from crdt_llm.sync.wire import FRAME_BYTES_MAX
 
 if TYPE_CHECKING:
@@ -119,16 +119,7 @@ class Address:
         if query:
             raise LocalMisuse("a relay's address has no query but ?token=...")
         path = parts.path if parts.path.endswith("/") else f"{parts.path}/"
-        return cls(f"{scheme}://{parts.netloc}{path}", token or None, _is_loopback(host))
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False
+        return cls(f"{scheme}://{parts.netloc}{path}", token or None, is_loopback(host))
 
 
 class _WebSocket:

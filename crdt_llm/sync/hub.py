@@ -29,6 +29,7 @@ from crdt_llm.sync.verdict import (
     Denied,
     Known,
     Lacking,
+    one_line,
 )
 
 if TYPE_CHECKING:
@@ -311,8 +312,4 @@ class Hub:
             try:
                 changed(conversation)
             except Exception as failure:  # noqa: BLE001 - a listener's fault must not end a room
-                logger.error(  # noqa: TRY400 - one line an error
-                    "a listener failed on %s: %s",
-                    conversation,
-                    f"{type(failure).__name__}: {failure}",
-                )
+                logger.error("a listener failed on %s: %s", conversation, one_line(failure))  # noqa: TRY400 - one line

@@ -34,7 +34,7 @@ from crdt_llm.document.schema import is_conversation_id
 from crdt_llm.errors import AuthenticationFailed, CrdtLlmError, MalformedMessage
 from crdt_llm.sync.access import may_connect
 from crdt_llm.sync.peer import RemotePeer
-from crdt_llm.sync.verdict import CloseCode
+from crdt_llm.sync.verdict import CloseCode, one_line
 from crdt_llm.sync.wire import FRAME_BYTES_MAX
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class Relay:
             try:
                 self._hub.tick()
             except Exception as failure:  # noqa: BLE001 - the next one may work
-                logger.error("what expired stays: %s", _one_line(failure))  # noqa: TRY400 - one line
+                logger.error("what expired stays: %s", one_line(failure))  # noqa: TRY400 - one line
 
     # -- plain HTTP ----------------------------------------------------------------------------
 
@@ -258,7 +258,7 @@ class Relay:
         except ConnectionClosed:
             pass
         except Exception as failure:  # noqa: BLE001 - one connection's fault must not be another's
-            logger.error("a connection: %s", _one_line(failure))  # noqa: TRY400 - one line an error
+            logger.error("a connection: %s", one_line(failure))  # noqa: TRY400 - one line an error
             await socket.close(CloseCode.INTERNAL_ERROR, "something went wrong here")
         finally:
             self._connections -= 1
@@ -363,7 +363,7 @@ class _Wire:
         except ConnectionClosed:
             pass  # the reader sees it too, and lets go
         except Exception as failure:  # noqa: BLE001 - a fault of ours: nobody would send any more
-            logger.error("a connection: %s", _one_line(failure))  # noqa: TRY400 - one line an error
+            logger.error("a connection: %s", one_line(failure))  # noqa: TRY400 - one line an error
             await self._socket.close(CloseCode.INTERNAL_ERROR, "something went wrong here")
 
 
@@ -396,7 +396,3 @@ def _response(status: HTTPStatus, text: str, kind: str = "text/plain") -> Respon
         }
     )
     return Response(status.value, status.phrase, headers, body)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

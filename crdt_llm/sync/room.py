@@ -59,7 +59,7 @@ from crdt_llm.sync.structure import (
     find_gap,
     read_update,
 )
-from crdt_llm.sync.verdict import Committed, Denied, Known, Lacking, reason_of
+from crdt_llm.sync.verdict import Committed, Denied, Known, Lacking, one_line, reason_of
 from crdt_llm.sync.wire import UPDATE_BYTES_MAX, decode_state_vector
 
 if TYPE_CHECKING:
@@ -419,7 +419,7 @@ class Room:
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as failure:  # noqa: BLE001 - ours or the library's: it ends this room
-            logger.critical("conversation %s: %s", self.id, _one_line(failure))
+            logger.critical("conversation %s: %s", self.id, one_line(failure))
             error = CrdtLlmError("something went wrong here: try again later")
             error.__cause__ = failure
         finally:
@@ -528,7 +528,7 @@ class Room:
             raise
         except BaseException as error:  # the CRDT library panics with one of its own
             # An update that our checks cannot cope with: it would fail again each time.
-            logger.error("conversation %s: %s", self.id, _one_line(error))  # noqa: TRY400 - one line
+            logger.error("conversation %s: %s", self.id, one_line(error))  # noqa: TRY400 - one line
             raise _Dirty(Denied(Refused("unreadable", "this cannot be checked"))) from error
         return change
 
@@ -686,7 +686,7 @@ class Room:
 
     def _report(self, seat: _Seat, failure: Exception) -> None:
         principal = seat.peer.author.principal
-        logger.error("conversation %s, a peer of %s: %s", self.id, principal, _one_line(failure))
+        logger.error("conversation %s, a peer of %s: %s", self.id, principal, one_line(failure))
 
     def _loaded_replica(self) -> Conversation:
         if self._replica is None:
@@ -707,7 +707,3 @@ def _touches_rights(change: Change) -> bool:
 
 def _stranger() -> Forbidden:
     return Forbidden("forbidden", "you have no right in this conversation")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

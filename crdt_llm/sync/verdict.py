@@ -116,6 +116,11 @@ def reason_of(error: CrdtLlmError) -> str:
     return " ".join(text.split())
 
 
+def one_line(fault: BaseException) -> str:
+    """A fault of ours for the log: its kind and what it says, without its stack."""
+    return " ".join(f"{type(fault).__name__}: {fault}".split())
+
+
 def shorten(text: str, bytes_max: int) -> str:
     """Cut text to a number of UTF-8 bytes, between characters."""
     raw = text.encode(errors="replace")

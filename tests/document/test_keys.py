@@ -56,6 +56,21 @@ def test_who_is_slower_reads_what_is_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_new_secret_outlives_the_power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[bool] = []
+    fsync = os.fsync
+
+    def note(handle: int) -> None:
+        fsync(handle)
+        folders.append(stat.S_ISDIR(os.fstat(handle).st_mode))
+
+    monkeypatch.setattr(os, "fsync", note)
+    load_or_create_secret(tmp_path / "node")
+    assert folders == [False, True]  # the bytes, and then the name
+    load_or_create_secret(tmp_path / "node")
+    assert len(folders) == 2
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     def random(count: int) -> bytes:
         if count == SECRET_BYTES:
