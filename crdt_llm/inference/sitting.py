@@ -158,10 +158,12 @@ class Sitting:
         if not self.work.leased:
             self.work.find_lease(self._grant())
         ready = shared.engine is not None
+        # One path at a time: two that interrupt each other would never come to an end.
+        at_rest = ready and not self._running and self._warming is None
         return self.work.situation(
             running=frozenset(self._running),
             capacity=shared.capacity if ready else 0,
-            cold=next(iter(self._cold), None) if ready and not self._running else None,
+            cold=next(iter(self._cold), None) if at_rest else None,
         )
 
     async def _do(self, action: Action) -> None:
@@ -467,7 +469,6 @@ class Sitting:
         self._cold[entry] = None
 
     async def _warm(self, entry: str) -> None:
-        await self._stop_warming()
         self._cold.pop(entry, None)
         self._warming = entry, asyncio.create_task(self._prefill(entry), name=f"warm {entry}")
 
