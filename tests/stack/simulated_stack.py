@@ -23,7 +23,7 @@ from crdt_llm.document.chain import lease_message
 from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.keys import SigningKey
 from crdt_llm.document.seal import Sealer
-from crdt_llm.errors import StoreFailed
+from crdt_llm.errors import EngineDied, StoreFailed
 from crdt_llm.inference.node import Node
 from crdt_llm.inference.process import EngineProcess
 from crdt_llm.inference.prompt import ParentTail, Renderer
@@ -57,6 +57,9 @@ SLOW_COMMIT_S: Final = (0.1, 0.4)
 OUTSIDE_S_MAX: Final = 120.0
 """Real seconds after which an engine that says nothing hangs; starting one takes a few."""
 
+SPINS_MAX: Final = 50_000
+"""Rounds of the loop in which nobody waits for anything; the busiest moment takes a few hundred."""
+
 QUIET_S: Final = 150.0
 """Five times the longest wait before another try: by then everybody has done what they can."""
 
@@ -70,11 +73,17 @@ class _Selector(selectors.DefaultSelector):
         super().__init__()
         self.now_s = 0.0
         self.awaited_outside = 0
+        self._spins = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         events = super().select(0)
         if events or (timeout is not None and timeout <= 0):
+            self._spins += 1
+            if self._spins > SPINS_MAX:
+                self._spins = 0
+                raise AssertionError("somebody spins, and never waits for anything")
             return events
+        self._spins = 0
         if self.awaited_outside:
             events = super().select(OUTSIDE_S_MAX)
             if not events:
@@ -155,9 +164,12 @@ class House:
         self.vocabulary = Vocabulary.load(model_dir)
         self.renderer = Renderer.learn(model_dir, self.vocabulary)
         self.engine: EngineProcess | None = None
+        self.starts = True  # whether an engine can be started
         self._model_dir = model_dir
 
     async def lend(self) -> _LentEngine:
+        if not self.starts:
+            raise EngineDied("there is no memory for it")
         return _LentEngine(await self.borrowed(), self.loop)
 
     async def borrowed(self) -> EngineProcess:
