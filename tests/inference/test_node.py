@@ -371,8 +371,9 @@ class NoEngine:
         raise EngineDied("gone")
 
     async def generate(self, *_: object) -> AsyncIterator[None]:
+        for nothing in ():
+            yield nothing
         raise EngineDied("gone")
-        yield
 
     async def close(self) -> None:
         """Nothing is open."""
