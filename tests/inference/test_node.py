@@ -371,8 +371,9 @@ class NoEngine:
         raise EngineDied("gone")
 
     async def generate(self, *_: object) -> AsyncIterator[None]:
-        for nothing in ():
-            yield nothing
+        nothing: tuple[None, ...] = ()
+        for one in nothing:
+            yield one
         raise EngineDied("gone")
 
     async def close(self) -> None:
