@@ -40,7 +40,6 @@ DEFAULT_MODEL: Final = "smollm2-135m"
 _ID_CHARACTERS: Final = 22
 _INFERENCE_PACKAGES: Final = frozenset(
     {
-        "accelerate",
         "gguf",
         "huggingface_hub",
         "jinja2",
