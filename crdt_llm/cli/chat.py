@@ -32,6 +32,7 @@ from crdt_llm.sync.client import Client
 from crdt_llm.sync.replica_file import LOG_NAME
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from crdt_llm.cli.connection import Door
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from crdt_llm.sync.client import OpenConversation, Reply, Sampling
 
 BEGINNING_CHARACTERS: Final = 50  # of a conversation without a title, in the list
+DEVICES_MAX: Final = 9  # terminals side by side; beyond that something keeps them open
 PATIENCE_S: Final = 10.0
 """After so long without a first word a pipe's user is told that nobody seems to answer."""
 
@@ -90,26 +92,27 @@ def run_chat(  # noqa: PLR0913 - what the command's options say
         raise LocalMisuse("standard input is closed: pipe a message in, or run it in a terminal")
     message = None if sys.stdin.isatty() else read_message(sys.stdin.buffer)
     return asyncio.run(
-        _chat(wish, message, home=home, device=device, url=url, tokens=token_file or folder.token)
+        _chat(wish, message, folder=folder, device=device, url=url, token_file=token_file)
     )
 
 
 async def _chat(  # noqa: PLR0913 - as above
-    wish: Wish, message: str | None, *, home: Path, device: str, url: str, tokens: Path
+    wish: Wish,
+    message: str | None,
+    *,
+    folder: DataFolder,
+    device: str,
+    url: str,
+    token_file: Path | None,
 ) -> int:
-    door = door_to(url, tokens)
+    door = door_to(url, token_file or folder.token)
     async with AsyncExitStack() as stack:
-        client = Client(url, data=home, device=device, dial=door.dial)
-        try:
-            await stack.enter_async_context(client)
-        except DataFolderBusy as error:
-            raise DataFolderBusy(
-                f"another chat has {home} open: close it, or give this one a name of its own with"
-                " --device"
-            ) from error
-        conversation = await choose(client, door, wish)
+        client, home = await _enter(stack, door, folder, device, url)
+        served = [stored.conversation for stored in list_stored(folder.log)]
+        conversation = await choose(client, door, wish, served)
         if message is not None:
-            return await Pipe(conversation, door, sys.stdout, sys.stderr).send(message, wish)
+            pipe = Pipe(conversation, door, sys.stdout, sys.stderr, device=client.device)
+            return await pipe.send(message, wish)
         from crdt_llm.cli.dialogue import Dialogue  # noqa: PLC0415 - a pipe needs no terminal
 
         lines = partial(list_lines, home / LOG_NAME)
@@ -117,8 +120,39 @@ async def _chat(  # noqa: PLR0913 - as above
         return await dialogue.run(conversation)
 
 
-async def choose(client: Client, door: Door, wish: Wish) -> OpenConversation:
+async def _enter(
+    stack: AsyncExitStack, door: Door, folder: DataFolder, device: str, url: str
+) -> tuple[Client, Path]:
+    """Take a device's folder. If another chat has it open, this is one more device beside it.
+
+    Raises:
+        DataFolderBusy: so many chats are open already.
+    """
+    for number in range(1, DEVICES_MAX + 1):
+        name = device if number == 1 else f"{device}-{number}"
+        home = folder.device(name)
+        client = Client(url, data=home, device=name, dial=door.dial)
+        try:
+            await stack.enter_async_context(client)
+        except DataFolderBusy:
+            continue
+        return client, home
+    raise DataFolderBusy(
+        f"{DEVICES_MAX} chats are open as {device}: close one, or name a device with --device"
+    )
+
+
+async def choose(
+    client: Client, door: Door, wish: Wish, served: Sequence[str] = ()
+) -> OpenConversation:
     """Open the conversation that was asked for: by its id, a new one, or the last one.
+
+    Args:
+        client: this device.
+        door: the relay.
+        wish: what was asked for.
+        served: the conversations of the relay whose data folder this is, last changed first; a
+            device that has none yet begins with the first of them.
 
     Raises:
         LocalMisuse: the id has not the form of one, or begins several.
@@ -131,6 +165,9 @@ async def choose(client: Client, door: Door, wish: Wish) -> OpenConversation:
         await known(conversation, door)
     elif ids and not wish.new:
         conversation = await client.open(ids[0])
+    elif served and not wish.new and wish.system is None:
+        conversation = await client.open(served[0])
+        await known(conversation, door)
     else:
         conversation = await client.create()
     if wish.system is not None:
@@ -233,11 +270,19 @@ class Pipe:
         door: the way to the relay.
         out: takes the reply.
         notes: takes what people should know meanwhile.
+        device: this device's name, which a message that could not be sent is kept under.
     """
 
     def __init__(
-        self, conversation: OpenConversation, door: Door, out: TextIO, notes: TextIO
+        self,
+        conversation: OpenConversation,
+        door: Door,
+        out: TextIO,
+        notes: TextIO,
+        *,
+        device: str,
     ) -> None:
+        self._device = device
         self._conversation = conversation
         self._door = door
         self._out = out
@@ -256,8 +301,9 @@ class Pipe:
         """
         reply = await self._conversation.ask(message, **wish.sampling)
         await self._door.reached(
-            f"the message is kept, and sent when `crdt-llm chat {self._conversation.id}` finds one;"
-            " start one with `crdt-llm serve`"
+            f"the message is kept on device {self._device}, and sent when `crdt-llm chat"
+            f" {self._conversation.id} --device {self._device}` finds one; start one with"
+            " `crdt-llm serve`"
         )
         telling = asyncio.create_task(self._tell(reply), name="notes")
         try:

@@ -26,6 +26,7 @@ from crdt_llm.inference.tokens import Vocabulary
 from crdt_llm.inference.transcript import Transcript
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from crdt_llm.document.conversation import Conversation
@@ -33,8 +34,12 @@ if TYPE_CHECKING:
 
 
 async def _replay(
-    conversation: Conversation, folder: DataFolder, model_dir: Path
+    conversation: Conversation,
+    folder: DataFolder,
+    model_dir: Path,
+    show: Callable[[Replayed], None],
 ) -> list[Replayed]:
+    """Replay the view's path; each reply is shown as soon as it is made."""
     key = folder.key("master")
     if not key.exists():
         raise Corrupt(f"the key {key} is missing: without it the sealed ids cannot be read")
@@ -45,9 +50,22 @@ async def _replay(
     engine = await EngineProcess.start(model_dir)
     try:
         path = conversation.view()
-        return [one async for one in replay(conversation, path, transcript, renderer, engine)]
+        rows: list[Replayed] = []
+        async for one in replay(conversation, path, transcript, renderer, engine):
+            show(one)
+            rows.append(one)
+        return rows
     finally:
         await engine.close()
+
+
+def _show(one: Replayed) -> None:
+    sys.stdout.write(_row(one) + "\n")
+    sys.stdout.flush()
+
+
+def _silent(_: Replayed) -> None:
+    """One document of facts comes at the end."""
 
 
 def _report(line: str) -> None:
@@ -72,7 +90,8 @@ def run_replay(*, conversation: str | None, data: Path | None, model: str, as_js
     if name is None:
         raise LocalMisuse(f"{folder.path} has no such conversation: see `crdt-llm chat --list`")
     model_dir = resolve(model, fetch=True, report=_report)
-    rows = asyncio.run(_replay(load_stored(folder.log, name), folder, model_dir))
+    replica = load_stored(folder.log, name)
+    rows = asyncio.run(_replay(replica, folder, model_dir, _silent if as_json else _show))
     exact = all(one.exact for one in rows)
     if as_json:
         facts = [asdict(one) | {"exact": one.exact} for one in rows]
@@ -80,8 +99,6 @@ def run_replay(*, conversation: str | None, data: Path | None, model: str, as_js
             json.dumps({"conversation": name, "exact": exact, "replies": facts}) + "\n"
         )
     else:
-        for one in rows:
-            sys.stdout.write(_row(one) + "\n")
         tokens = sum(one.recorded for one in rows)
         sys.stdout.write(
             f"{len(rows)} replies, {tokens} tokens, {'exact' if exact else 'NOT exact'}\n"

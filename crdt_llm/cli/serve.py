@@ -1,52 +1,40 @@
 """``crdt-llm serve``: relay, node and page in one process, the engine in another.
 
-This module owns the wiring: which file is what in the data folder, in which order things start and
-stop, and the in-process seat that the node takes in the relay's rooms. It decides nothing else.
+This module owns the wiring: which file is what in the data folder, and in which order things start
+and stop. It decides nothing else. What the node needs is loaded only if there is one, so that a
+relay runs without it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import sys
-import time
 from contextlib import AsyncExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from filelock import FileLock, Timeout
 
 from crdt_llm.cli.folders import DataFolder
-from crdt_llm.document.chain import lease_message
-from crdt_llm.document.keys import SigningKey, load_or_create_secret
-from crdt_llm.document.seal import Sealer
+from crdt_llm.document.keys import load_or_create_secret
 from crdt_llm.errors import Corrupt, DataFolderBusy, ModelUnusable, Unavailable
-from crdt_llm.inference.models import resolve
-from crdt_llm.inference.node import Node
-from crdt_llm.inference.process import EngineProcess
-from crdt_llm.inference.prompt import Renderer
-from crdt_llm.inference.reply import Identity
-from crdt_llm.inference.seat import Lease, Surroundings
-from crdt_llm.inference.tokens import Vocabulary
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.sync.access import TokenAccess, load_or_create_token
 from crdt_llm.sync.hub import Hub
 from crdt_llm.sync.relay import Relay
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from crdt_llm.inference.engine import Engine
-    from crdt_llm.sync.hub import Membership
+    from crdt_llm.inference.node import Node
+
 
 logger = logging.getLogger("crdt_llm.cli")
 
 # The writer of the log is a thread: it gets the interpreter back from a busy event loop this soon.
 SWITCH_INTERVAL_S: Final = 0.001
-EPOCH: Final = 1  # one node for good: nobody else can hold the lease of an embedded one
-NODE: Final = "node"
 KEYS: Final = ("relay", "node", "master")
 ENGINE_RETRY_FIRST_S: Final = 0.2  # whatever ended its start may be over in a moment
 ENGINE_RETRY_MAX_S: Final = 10.0  # soon enough for whoever has made room for it
@@ -69,23 +57,6 @@ def lock_folder(folder: DataFolder) -> FileLock:
     return lock
 
 
-class _Seat:
-    """The node's seat in a room of this process."""
-
-    def __init__(self, membership: Membership) -> None:
-        self._membership = membership
-
-    @property
-    def state(self) -> bytes:
-        return self._membership.state
-
-    async def submit(self, update: bytes) -> None:
-        await self._membership.submit(update)
-
-    async def leave(self) -> None:
-        self._membership.leave()
-
-
 def _check_keys(folder: DataFolder) -> None:
     """Make the keys of a new folder; of one that is in use, none may be missing.
 
@@ -105,41 +76,10 @@ def _check_keys(folder: DataFolder) -> None:
         load_or_create_secret(path)
 
 
-def now_ms() -> int:
-    """Wall time, ms since 1970."""
-    return time.time_ns() // 1_000_000
+def _model_folder(model: str) -> Path:
+    from crdt_llm.inference.models import resolve  # noqa: PLC0415 - see the module's docstring
 
-
-def make_node(folder: DataFolder, hub: Hub, model_dir: Path) -> Node:
-    """A node that sits in the hub's rooms.
-
-    Raises:
-        ModelUnusable: the model's tokenizer or template cannot be used.
-    """
-    relay_key = SigningKey(load_or_create_secret(folder.key("relay")))
-    node_key = SigningKey(load_or_create_secret(folder.key("node")))
-    master = load_or_create_secret(folder.key("master"))
-    vocabulary = Vocabulary.load(model_dir)
-    renderer = Renderer.learn(model_dir, vocabulary)
-
-    async def take_seat(
-        conversation: str, deliver: Callable[[bytes], None], lost: Callable[[], None]
-    ) -> _Seat:
-        membership = await hub.join(
-            conversation, NODE, node=True, deliver=deliver, lost=lambda _: lost()
-        )
-        return _Seat(membership)
-
-    def grant_lease(conversation: str, node: bytes) -> Lease:
-        return Lease(EPOCH, node, relay_key.sign(lease_message(conversation, EPOCH, node)))
-
-    async def start_engine() -> Engine:
-        return await EngineProcess.start(model_dir)
-
-    surroundings = Surroundings(take_seat, grant_lease, start_engine, now_ms, os.urandom)
-    sealer = Sealer(master, os.urandom)
-    identity = Identity(node_key, sealer, os.urandom, str(model_dir.name), renderer.id)
-    return Node(surroundings, renderer, vocabulary, identity)
+    return resolve(model, fetch=True, report=_line)
 
 
 def _line(text: str) -> None:
@@ -215,6 +155,8 @@ async def serve(folder: DataFolder, *, host: str, port: int, model_dir: Path | N
         node = None
         if model_dir is not None:
             with _naming(model_dir):
+                from crdt_llm.cli.embedded_node import make_node  # noqa: PLC0415 - see the docstring
+
                 node = make_node(folder, hub, model_dir)
         relay = Relay(
             hub,
@@ -269,7 +211,7 @@ def run_serve(  # noqa: PLR0913 - the options of a command
     folder = DataFolder.named(data)
     lock = lock_folder(folder)
     try:
-        model_dir = resolve(model, fetch=True, report=_line) if node else None
+        model_dir = _model_folder(model) if node else None
         asyncio.run(serve(folder, host=host, port=port, model_dir=model_dir))
     finally:
         lock.release()

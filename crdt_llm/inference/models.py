@@ -53,10 +53,17 @@ _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 def models_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder that holds models: ``CRDT_LLM_MODELS``, else the platform's cache folder."""
+    """The folder that holds models.
+
+    ``CRDT_LLM_MODELS``, else ``models`` in the virtual environment if it is there (``make`` puts
+    them beside the environment), else the platform's cache folder.
+    """
     named = environ.get("CRDT_LLM_MODELS")
     if named:
         return Path(named).expanduser()
+    beside = Path(sys.prefix) / "models"
+    if sys.prefix != sys.base_prefix and beside.is_dir():
+        return beside
     return platformdirs.user_cache_path("crdt-llm") / "models"
 
 

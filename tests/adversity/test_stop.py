@@ -18,8 +18,8 @@ import pytest
 from adversity.serving import sampled
 
 from crdt_llm import Client
+from crdt_llm.cli.embedded_node import make_node
 from crdt_llm.cli.folders import DataFolder
-from crdt_llm.cli.serve import make_node
 from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.schema import State
 from crdt_llm.inference import pipe, process

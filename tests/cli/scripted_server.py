@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Self
 
 from chat_folders import FORMATS
 
+from crdt_llm.cli.embedded_node import make_node
 from crdt_llm.cli.folders import DataFolder
-from crdt_llm.cli.serve import make_node
 from crdt_llm.errors import PromptTooLong
 from crdt_llm.inference.engine import Capabilities, Finished, Prefilled, Sampled
 from crdt_llm.inference.tokens import Vocabulary

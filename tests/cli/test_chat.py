@@ -83,7 +83,7 @@ class Device:
 
     async def send(self, text: str, wish: Wish | None = None) -> int:
         wish = wish or Wish()
-        pipe = Pipe(await self.open(wish), self.door, self.out, self.notes)
+        pipe = Pipe(await self.open(wish), self.door, self.out, self.notes, device="test")
         return await pipe.send(text, wish)
 
 
@@ -276,16 +276,39 @@ async def test_what_is_no_id_is_wrong_usage(server: Server) -> None:
             await device.open(Wish(conversation="no id"))
 
 
-async def test_the_same_device_twice_says_what_to_do(server: Server) -> None:
-    async with Device(server):
+async def test_a_second_terminal_is_a_device_of_its_own_in_the_same_conversation(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with Device(server, name="terminal") as device:
+        conversation = await device.open()
+        await (await conversation.ask("From the first terminal.")).entry()
+        code = await chat._chat(
+            Wish(),
+            "From the second.",
+            folder=server.folder,
+            device="terminal",
+            url=server.url,
+            token_file=None,
+        )
+        assert code == 0
+        assert capsys.readouterr().out
+        texts = [entry.content for entry in conversation.view()]
+        assert "From the second." in texts
+
+
+async def test_there_is_an_end_to_terminals(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "DEVICES_MAX", 1)
+    async with Device(server, name="terminal"):
         with pytest.raises(DataFolderBusy, match="--device"):
             await chat._chat(
                 Wish(),
                 "Hi",
-                home=server.folder.device("terminal"),
+                folder=server.folder,
                 device="terminal",
                 url=server.url,
-                tokens=server.folder.token,
+                token_file=None,
             )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sync.simulated_network import Network
 
 from crdt_llm import Client
-from crdt_llm.cli.serve import EPOCH, NODE, _Seat
+from crdt_llm.cli.embedded_node import EPOCH, NODE, RoomSeat
 from crdt_llm.document.chain import lease_message
 from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.keys import SigningKey
@@ -302,11 +302,11 @@ class Server:
 
         async def take_seat(
             conversation: str, deliver: Callable[[bytes], None], lost: Callable[[], None]
-        ) -> _Seat:
+        ) -> RoomSeat:
             membership = await hub.join(
                 conversation, NODE, node=True, deliver=deliver, lost=lambda _: lost()
             )
-            return _Seat(membership)
+            return RoomSeat(membership)
 
         surroundings = Surroundings(
             take_seat, grant_lease, house.lend, world.now_ms, world.random.randbytes

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from sync.test_npm_peers import node_peer
 
+from crdt_llm.cli.embedded_node import make_node
 from crdt_llm.cli.folders import DataFolder
-from crdt_llm.cli.serve import make_node
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.sync.access import TokenAccess
 from crdt_llm.sync.hub import Hub

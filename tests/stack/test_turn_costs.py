@@ -11,8 +11,8 @@ import pytest_asyncio
 import tiny_model
 
 from crdt_llm import Client
+from crdt_llm.cli.embedded_node import make_node
 from crdt_llm.cli.folders import DataFolder
-from crdt_llm.cli.serve import make_node
 from crdt_llm.document.schema import State
 from crdt_llm.inference.engine import Prefilled, Sampled
 from crdt_llm.inference.process import EngineProcess
