@@ -107,6 +107,7 @@ class Desk:
             sender.cancel()
             await sitting.end()
             await asyncio.gather(sender, return_exceptions=True)
+            await work.settle()
             await seat.leave()
 
     async def _look(self, sitting: Sitting) -> None:

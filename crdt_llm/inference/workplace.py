@@ -58,6 +58,7 @@ class Workplace:
         self.transcript = transcript
         self.seat = seat
         self.account = PrefillAccount()
+        self._on_its_way: asyncio.Future[None] | None = None
         self.was_of_use = False  # whether anything became durable from here
         self._clock_ms = clock_ms
         self._marks = _Marks()
@@ -89,8 +90,9 @@ class Workplace:
         while True:
             update, done = await self._outbox.get()
             if failure is None:
+                self._on_its_way = asyncio.ensure_future(self.seat.submit(update))
                 try:
-                    await self.seat.submit(update)
+                    await asyncio.shield(self._on_its_way)
                     self.was_of_use = True
                 except Exception as error:  # noqa: BLE001 - whoever waits for the update hears of it
                     failure = error
@@ -102,6 +104,18 @@ class Workplace:
             else:
                 done.set_exception(failure)
                 done.exception()  # whoever waits hears of it; if nobody does, that is no fault
+
+    async def settle(self) -> None:
+        """Wait for what is on its way; whether it becomes durable or not, it is decided then.
+
+        Whoever sits here next must know of it. An admission that becomes durable behind its back
+        would meet a second one of the same entry, and of two proofs that were written at the same
+        time only one stays: what the other node placed behind its own would hang at nothing.
+        """
+        if self._on_its_way is not None:
+            await asyncio.wait({self._on_its_way})
+            if not self._on_its_way.cancelled():
+                self._on_its_way.exception()  # whoever waited for it has heard of it
 
     # -- seeing --------------------------------------------------------------------------------
 

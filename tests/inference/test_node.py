@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -450,3 +451,47 @@ async def test_a_pending_entry_is_rendered_anew_when_it_comes_to_stand_elsewhere
     assert transcript.segment(late) != alone
     fresh = Transcript(room.replica, renderer, sealer)
     assert transcript.ids(late) == fresh.ids(late)
+
+
+async def test_a_seat_is_left_only_when_what_was_submitted_is_decided(
+    tiny_model_dir: Path, engine: EngineProcess
+) -> None:
+    """Else the next one could admit the same entry again, at the same time as the last one did."""
+    room, at_the_disk, may_commit = LocalRoom(), asyncio.Event(), asyncio.Event()
+    room.write("hello")
+    accept = room.accept
+    node = make_node(room, tiny_model_dir, lambda: lend(engine))
+    take_seat = node.surroundings.take_seat
+
+    async def slow_seat(*given: object) -> object:
+        seat = await take_seat(*given)  # type: ignore[arg-type]
+
+        async def submit(update: bytes) -> None:
+            at_the_disk.set()
+            await may_commit.wait()
+            accept(update, seat)  # type: ignore[arg-type]
+
+        return SlowSeat(seat, submit)
+
+    node.surroundings = replace(node.surroundings, take_seat=slow_seat)  # type: ignore[arg-type]
+    await node.start()
+    node.notice(room.id)
+    await at_the_disk.wait()
+    closing = asyncio.create_task(node.close())
+    await asyncio.sleep(0)
+    assert room.seats
+    may_commit.set()
+    await closing
+    assert not room.seats
+    assert room.replica.lease(1) is not None
+
+
+async def lend(engine: EngineProcess) -> Lent:
+    return Lent(engine)
+
+
+class SlowSeat:
+    def __init__(self, seat: object, submit: object) -> None:
+        self.submit = submit
+        self.leave = seat.leave  # type: ignore[attr-defined]
+        self.state = seat.state  # type: ignore[attr-defined]
