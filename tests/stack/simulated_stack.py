@@ -107,6 +107,7 @@ class StackLoop(asyncio.SelectorEventLoop):
 
     def rewind(self) -> None:
         """Begin again at zero, when nothing is left of what was before: then a seed replays."""
+        assert not self._world.awaited_outside, "somebody of an earlier run waits for the engine"
         self._world.now_s = 0.0
 
     @contextmanager

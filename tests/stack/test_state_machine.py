@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from crdt_llm.inference.process import EngineProcess
     from crdt_llm.sync.client import OpenConversation, Sampling
 
+# A failure is made smaller for up to five minutes before it is shown.
+pytestmark = pytest.mark.timeout(900)
+
 EXAMPLES: Final = int(os.environ.get("CRDT_LLM_STACK_EXAMPLES", "30"))
 STEPS: Final = int(os.environ.get("CRDT_LLM_STACK_STEPS", "25"))
 KILL: Final = 37  # of a hundred: an engine takes seconds to start, and Hypothesis likes the ends
@@ -520,6 +523,26 @@ def test_a_stop_is_heard_while_no_engine_starts(house: House) -> None:
     finally:
         house.starts = True
     stack.teardown()
+
+
+def test_a_node_that_restarts_while_its_writes_are_on_their_way(house: House) -> None:
+    """What the old one handed over must be decided before the new one reads what there is."""
+    for seed in range(1, 5):
+        stack = Stack(house)
+        try:
+            stack.begin(seed)
+            stack.slow_disk(slow=True)
+            for _ in range(12):
+                params = {"max_tokens": stack.random.choice((3, LONG)), "temperature": 0.7}
+                stack.ask(stack.random.choice(DEVICES), "go on", params)
+                stack.let_time_pass(stack.random.choice((0.05, 0.1, 0.2, 0.4)))
+                stack.send(stack.random.choice(DEVICES), "so that commits queue up")
+                stack.let_time_pass(stack.random.choice((0.05, 0.1, 0.2, 0.4)))
+                stack.stop_node(comes_back=True)
+        except BaseException:
+            stack.loop.run(house.abandon_all())
+            raise
+        stack.teardown()
 
 
 LONG: Final = 40  # tokens: some ten flushes, so that there is a middle
