@@ -316,10 +316,15 @@ def test_a_damaged_hub_snapshot_is_downloaded_again(
         assert (snapshot / file.name).read_bytes() == file.read_bytes()
 
 
-def test_the_environment_names_the_folder_of_models(tmp_path: Path) -> None:
+def test_the_environment_names_the_folder_of_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert models.models_folder({"CRDT_LLM_MODELS": str(tmp_path)}) == tmp_path
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))  # an environment without models
     assert models.models_folder({}).name == "models"
     assert "crdt-llm" in str(models.models_folder({"CRDT_LLM_MODELS": ""}))
+    (tmp_path / "models").mkdir()
+    assert models.models_folder({}) == tmp_path / "models"
 
 
 # -- damage ----------------------------------------------------------------------------------------
