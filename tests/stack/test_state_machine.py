@@ -113,11 +113,12 @@ class Stack(RuleBasedStateMachine):
         self.patch.setattr(local_replica, "COMPACT_BYTES_MIN", 2000)
         self.patch.setattr(room, "COMPACT_BYTES_MIN", 2000)
 
-    @initialize(seed=st.integers(0, 2**32))
-    def begin(self, seed: int) -> None:
+    @initialize(seed=st.integers(0, 2**32), slow=st.booleans())
+    def begin(self, seed: int, *, slow: bool = False) -> None:
         self.random = Random(seed)
         self.world = World(self.house, seed)
         self.loop.run(self.world.begin())
+        self.slow_disk(slow=slow)
 
     @property
     def here(self) -> World:
@@ -557,6 +558,7 @@ class Story:
     def until(self, holds: Callable[[Conversation], bool]) -> None:
         """Let time pass until something holds of what is durable."""
         for _ in range(2000):
+            self.stack.what_a_device_was_sent_is_durable()
             if holds(self.stack.here.durable()):
                 return
             self.stack.let_time_pass(0.05)
