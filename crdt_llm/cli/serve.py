@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from crdt_llm.cli.folders import DataFolder
 from crdt_llm.document.keys import load_or_create_secret
-from crdt_llm.errors import Corrupt, DataFolderBusy, ModelUnusable, Unavailable
+from crdt_llm.errors import Corrupt, DataFolderBusy, ModelUnusable
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.sync.access import TokenAccess, load_or_create_token
 from crdt_llm.sync.hub import Hub
@@ -36,8 +36,6 @@ logger = logging.getLogger("crdt_llm.cli")
 # The writer of the log is a thread: it gets the interpreter back from a busy event loop this soon.
 SWITCH_INTERVAL_S: Final = 0.001
 KEYS: Final = ("relay", "node", "master")
-ENGINE_RETRY_FIRST_S: Final = 0.2  # whatever ended its start may be over in a moment
-ENGINE_RETRY_MAX_S: Final = 10.0  # soon enough for whoever has made room for it
 
 
 def lock_folder(folder: DataFolder) -> FileLock:
@@ -103,26 +101,11 @@ def _naming(model_dir: Path) -> Iterator[None]:
         raise ModelUnusable(f"{model_dir}: {error}") from error
 
 
-async def _start_engine(node: Node) -> None:
-    """Start the engine. A process that dies is started again: the relay serves meanwhile."""
-    wait_s = ENGINE_RETRY_FIRST_S
-    while True:
-        try:
-            await node.start()
-        except Unavailable as error:
-            node.problem = f"the engine does not start: {error}"
-            logger.warning("%s; next attempt in %.1f s", node.problem, wait_s)
-            await asyncio.sleep(wait_s)
-            wait_s = min(2 * wait_s, ENGINE_RETRY_MAX_S)
-        else:
-            logger.info("the engine is ready")
-            return
-
-
 async def _start_node(node: Node, hub: Hub, model_dir: Path) -> None:
     """Start the engine, then look at every conversation: a crash may have cut replies short."""
     with _naming(model_dir):
-        await _start_engine(node)
+        await node.start_at_last()
+    logger.info("the engine is ready")
     hub.subscribe(node.notice)
     for stored in await hub.conversations():
         await node.visit(stored.conversation)

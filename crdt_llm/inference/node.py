@@ -67,6 +67,28 @@ class Node:
         """
         await self._take_engine()
 
+    async def start_at_last(self) -> None:
+        """As :meth:`start`, but a process that dies is started again, for as long as it takes.
+
+        Raises:
+            ModelUnusable: the model cannot be used.
+        """
+        await self._start_again(Unavailable)
+
+    async def _start_again(self, *passing: type[Exception]) -> None:
+        """Start the engine; wait, longer each time, after an error that may pass."""
+        wait = RETRY_FIRST_S
+        while True:
+            try:
+                await self._take_engine()
+            except passing as error:
+                self.problem = f"the engine does not start: {error}"
+                logger.warning("%s; next attempt in %.1f s", self.problem, wait)
+                await self.surroundings.sleep(wait)
+                wait = min(2 * wait, RETRY_MAX_S)
+            else:
+                return
+
     async def _take_engine(self) -> None:
         self.engine = await self.surroundings.start_engine()
         fingerprint = self.engine.capabilities.fingerprint
@@ -129,18 +151,8 @@ class Node:
     async def _restart(self, dead: Engine) -> None:
         with suppress(Unavailable):  # it is dead already: closing it only frees the pipes
             await dead.close()
-        wait = RETRY_FIRST_S
-        while True:
-            try:
-                await self._take_engine()
-            except (CrdtLlmError, OSError) as error:
-                self.problem = f"the engine does not start: {error}"
-                logger.warning("%s; next attempt in %.1f s", self.problem, wait)
-                await self.surroundings.sleep(wait)
-                wait = min(2 * wait, RETRY_MAX_S)
-            else:
-                self._wake_all()
-                return
+        await self._start_again(CrdtLlmError, OSError)
+        self._wake_all()
 
     async def close(self) -> None:
         """Stop everything. Replies that stream stay as they are and go on after the next start."""
