@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crdt_llm import Client
-from crdt_llm.document.chain import parent_digest, verify_path
-from crdt_llm.document.schema import Place, State
-from crdt_llm.document.seal import Sealer, Where
+from crdt_llm.document.chain import verify_path
+from crdt_llm.document.schema import State
+from crdt_llm.document.seal import Sealer, place_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -193,10 +193,7 @@ class Demo:
     def sampled_ids(self, reply: Entry) -> tuple[int, ...]:
         """A reply's exact token ids, opened with the key from the data folder."""
         master = (self.server.data / "keys" / "master.key").read_bytes()
-        document = self.at["phone"].document
-        place = reply.place or Place("", 0)
-        parent = parent_digest(document, place.parent)
-        where = Where(document.id or "", reply.id, parent, place.epoch, 0)
+        where = place_of(self.at["phone"].document, reply)
         return Sealer(master, os.urandom).open_reply(reply.sealed, where).sampled
 
     # -- the acts ------------------------------------------------------------------------------

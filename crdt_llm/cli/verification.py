@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from crdt_llm.document.chain import commit_tokens, parent_digest, verify_path
+from crdt_llm.document.chain import commit_tokens, verify_path
 from crdt_llm.document.schema import State
-from crdt_llm.document.seal import FINAL_CHUNK, Where, verify_chunk
+from crdt_llm.document.seal import FINAL_CHUNK, place_of, verify_chunk
 from crdt_llm.errors import BadProof
 
 if TYPE_CHECKING:
@@ -71,18 +71,6 @@ class Keys:
     sealer: Sealer | None = None
     vocabulary: Vocabulary | None = None
     renderer: Renderer | None = None
-
-
-def place_of(conversation: Conversation, reply: Entry, chunk: int) -> Where:
-    """What a chunk of a reply is bound to.
-
-    Raises:
-        BadProof: the reply has no place, or its parent no proof.
-    """
-    if reply.place is None:
-        raise BadProof("it has no place")
-    parent = parent_digest(conversation, reply.place.parent)
-    return Where(conversation.id or "", reply.id, parent, reply.place.epoch, chunk)
 
 
 def open_hidden(conversation: Conversation, reply: Entry, sealer: Sealer) -> Hidden | None:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pycrdt import Array, Doc, Map, Text, merge_updates
+from pycrdt import Array, Doc, Map, Text
 
 from crdt_llm.document.schema import (
     ENDED,
@@ -41,6 +41,7 @@ from crdt_llm.document.schema import (
     read_usage,
 )
 from crdt_llm.document.tree import Facts, Tree
+from crdt_llm.document.updates import merge
 from crdt_llm.errors import LocalMisuse, MalformedMessage
 
 if TYPE_CHECKING:
@@ -245,9 +246,10 @@ class Writer:
         """Say what a reply cost."""
         self.set(slot, "usage", usage.plain())
 
-    def proof(self, entry: str, salt: bytes, proof: Proof) -> None:
-        """Commit to an entry's content and place."""
-        self.set(entry, "salt", salt)
+    def proof(self, entry: str, salt: bytes | None, proof: Proof) -> None:
+        """Commit to an entry's content and place; a redacted entry never gets a salt."""
+        if salt is not None:
+            self.set(entry, "salt", salt)
         self.set(entry, "proof", proof.plain())
 
     def open_reply(self, slot: str) -> None:
@@ -356,7 +358,7 @@ class Conversation:
                 texts.add(entry)
         for entry in structure:
             self._refresh(entry)
-        update = updates[0] if len(updates) == 1 else merge_updates(*updates or (EMPTY_UPDATE,))
+        update = merge(updates or (EMPTY_UPDATE,))
         change = Change(update, edits, origin, frozenset(texts), frozenset(structure))
         if not change.is_empty:
             for listener in tuple(self._listeners):

@@ -28,14 +28,16 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from crdt_llm.document.chain import ids_bytes
+from crdt_llm.document.chain import ids_bytes, parent_digest
 from crdt_llm.document.keys import verify
 from crdt_llm.errors import BadProof
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from crdt_llm.document.conversation import Conversation
     from crdt_llm.document.keys import SigningKey
+    from crdt_llm.document.schema import Entry
 
 FORMAT: Final = 1
 NONCE_BYTES: Final = 12
@@ -151,6 +153,18 @@ class Where:
             + self.chunk.to_bytes(4)
             + hashlib.sha256(text.encode()).digest()
         )
+
+
+def place_of(conversation: Conversation, reply: Entry, chunk: int = 0) -> Where:
+    """What a chunk of a reply is bound to.
+
+    Raises:
+        BadProof: the reply has no place, or its parent no proof.
+    """
+    if reply.place is None:
+        raise BadProof("it has no place")
+    parent = parent_digest(conversation, reply.place.parent)
+    return Where(conversation.id or "", reply.id, parent, reply.place.epoch, chunk)
 
 
 class Sealer:

@@ -65,8 +65,6 @@ VECTOR_ELEMENTS = 32
 """A multiple of this many float32 has no end that goes through scalar code: two AVX-512 registers,
 which is what the vectorised loop takes at a time."""
 
-HASH_CHUNK_BYTES = 1 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class Shape:

@@ -270,15 +270,13 @@ class Reply:
             epoch=self.where.epoch,
             key=identity.key,
         )
-        if redacted:
-            writer.set(self.slot, "proof", proof.plain())
-        else:
+        if not redacted:
             if self.waiting_text:
                 writer.append_text(self.slot, self.waiting_text)
             place = self.where.at(FINAL_CHUNK)
             blob = identity.sealer.seal(self.hidden, place, self.text, identity.key)
             writer.replace_sealed(self.slot, blob)
-            writer.proof(self.slot, salt, proof)
+        writer.proof(self.slot, None if redacted else salt, proof)
         self.waiting_text = ""
         writer.state(self.slot, state)
         writer.usage(self.slot, self._usage(finish, now_ms, error))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from crdt_llm.document.chain import Link, commit_content, parent_digest, prove
 from crdt_llm.document.schema import SALT_BYTES, Born, Place, Role, State, Usage, entry_id
-from crdt_llm.document.seal import Where
+from crdt_llm.document.seal import Where, place_of
 from crdt_llm.errors import (
     BadProof,
     EngineBusy,
@@ -183,7 +183,7 @@ class Sitting:
             case Request(after):
                 await self.work.write(lambda writer: self._request(writer, after))
             case Warm(entry):
-                await self._warm(entry)
+                self._warm(entry)
 
     def _grant(self) -> Lease:
         shared = self._shared
@@ -361,7 +361,7 @@ class Sitting:
 
     def _reopen(self, slot: str) -> Generation:
         entry, transcript = self.work.present(slot), self.work.transcript
-        where = transcript.where(entry)
+        where = place_of(self.work.conversation, entry)
         parent = self.work.conversation.tree.up(slot)
         if not entry.sealed:  # nothing was flushed yet
             return self._prepare(slot, parent, where)
@@ -433,7 +433,7 @@ class Sitting:
     async def _give_up(self, slot: str, code: str, message: str) -> None:
         """End a placed reply of which nothing but its text can be read."""
         entry, identity = self.work.present(slot), self._shared.identity
-        where = self.work.transcript.where(entry)
+        where = place_of(self.work.conversation, entry)
         salt = identity.random(SALT_BYTES)
         link = Link(
             slot,
@@ -451,10 +451,7 @@ class Sitting:
         )
 
         def write(writer: Writer) -> None:
-            if entry.redacted:
-                writer.set(slot, "proof", proof.plain())
-            else:
-                writer.proof(slot, salt, proof)
+            writer.proof(slot, None if entry.redacted else salt, proof)
             _fail(writer, slot, _failure(code, message))
 
         await self.work.write(write)
@@ -468,7 +465,7 @@ class Sitting:
             del self._cold[other]
         self._cold[entry] = None
 
-    async def _warm(self, entry: str) -> None:
+    def _warm(self, entry: str) -> None:
         self._cold.pop(entry, None)
         self._warming = entry, asyncio.create_task(self._prefill(entry), name=f"warm {entry}")
 

@@ -13,9 +13,8 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from crdt_llm.document.chain import parent_digest
 from crdt_llm.document.schema import ROOT, Role
-from crdt_llm.document.seal import Hidden, Kind, Where
+from crdt_llm.document.seal import Hidden, Kind, place_of
 from crdt_llm.errors import BadProof, PromptTooLong
 from crdt_llm.inference.prompt import REDACTED_TEXT, ParentTail
 
@@ -73,18 +72,6 @@ class Transcript:
 
     # -- replies -------------------------------------------------------------------------------
 
-    def where(self, reply: Entry) -> Where:
-        """The place that a reply's hidden fields are bound to.
-
-        Raises:
-            BadProof: it has no place, or its parent has no proof.
-        """
-        if reply.place is None:
-            raise BadProof(f"entry {reply.id} has no place")
-        parent = parent_digest(self._conversation, reply.place.parent)
-        identity = self._conversation.id or ""
-        return Where(identity, reply.id, parent, reply.place.epoch, 0)
-
     def hidden(self, reply: Entry) -> Hidden | None:
         """A reply's hidden state; ``None`` if it has none that we can use.
 
@@ -96,7 +83,7 @@ class Transcript:
         """
         known = self._hidden.get(reply.id)
         if known is None and reply.sealed and not reply.redacted:
-            known = self._sealer.open_reply(reply.sealed, self.where(reply))
+            known = self._sealer.open_reply(reply.sealed, place_of(self._conversation, reply))
             if reply.ended:
                 self._hidden[reply.id] = known
         return known if known is not None and known.renderer == self._renderer.id else None
@@ -130,12 +117,8 @@ class Transcript:
             is_root=parent == ROOT,
             root_at_ms=self._root_at_ms(parent, slot),
             parent=self._tail(parent),
-            extend=slot.born.params.extend and self._can_extend(parent),
+            extend=slot.born.params.extend,
         )
-
-    def _can_extend(self, parent: str) -> bool:
-        entry = self._conversation.entry(parent) if parent != ROOT else None
-        return entry is not None and entry.is_slot
 
     def segment(self, name: str) -> tuple[int, ...]:
         """The ids that an entry adds to the prompt, behind its ``up``. A reply must have ended.

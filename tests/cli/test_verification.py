@@ -8,12 +8,12 @@ import pytest_asyncio
 from cli.scripted_server import Server
 
 from crdt_llm.cli.stored import fresh_client_id, list_stored, load_stored
-from crdt_llm.cli.verification import Keys, Problem, Report, open_hidden, place_of, verify
+from crdt_llm.cli.verification import Keys, Problem, Report, open_hidden, verify
 from crdt_llm.document.chain import Link, commit_content, commit_tokens, prove
 from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.keys import SigningKey
 from crdt_llm.document.schema import SALT_BYTES, State
-from crdt_llm.document.seal import FINAL_CHUNK, Hidden, Sealer
+from crdt_llm.document.seal import FINAL_CHUNK, Hidden, Sealer, place_of
 from crdt_llm.inference.prompt import Renderer
 from crdt_llm.inference.tokens import Vocabulary
 from crdt_llm.sync.client import Client

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Final, Self
 
 from crdt_llm.cli.folders import DataFolder, read_token
 from crdt_llm.cli.stored import load_stored
-from crdt_llm.cli.verification import place_of
 from crdt_llm.document.keys import load_or_create_secret
-from crdt_llm.document.seal import Sealer
+from crdt_llm.document.seal import Sealer, place_of
 
 if TYPE_CHECKING:
     from pathlib import Path
