@@ -1,7 +1,12 @@
 """Who may talk to the relay at all: tokens and origins.
 
-This module owns the owner's token file, the comparison of tokens, and which web pages may connect.
-What a principal may do in a conversation is said by the document itself.
+This module owns the owner's token file, signed tokens, and which web pages may connect. A token
+only says who somebody is, for how long, and in which conversations at most; what a principal may do
+in a conversation is said by the document itself.
+
+A signed token is a JSON Web Token (RFC 7519) with an EdDSA signature (RFC 8037): ``sub`` is the
+principal, ``jti`` its id, ``exp`` when it ends; ``node`` is true for an inference node, and
+``conversations`` maps ids to the most that it allows there (absent: everywhere, everything).
 """
 
 from __future__ import annotations
@@ -11,15 +16,23 @@ import os
 from base64 import urlsafe_b64encode
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
+import jwt
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from crdt_llm.document.keys import read_or_make
-from crdt_llm.errors import Corrupt
+from crdt_llm.document.schema import PRINCIPAL_CHARACTERS_MAX, Grant, is_conversation_id
+from crdt_llm.errors import Corrupt, LocalMisuse
+from crdt_llm.store.token_ledger import Issued
 from crdt_llm.sync.loopback import is_loopback
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+
+    from crdt_llm.store.token_ledger import TokenLedger
 
 Authenticate: TypeAlias = Callable[[str | None], str | None]
 """A token, or ``None`` if there was none, to the principal it stands for, or ``None``."""
@@ -27,7 +40,18 @@ Authenticate: TypeAlias = Callable[[str | None], str | None]
 OWNER: Final = "owner"
 TOKEN_BYTES: Final = 32  # as hard to guess as the keys it stands beside
 TOKEN_CHARACTERS: Final = 43  # base64url of 32 bytes, without padding
-TOKEN_CHARACTERS_MAX: Final = 512  # longer ones are not compared: nobody issues them
+TOKEN_CHARACTERS_MAX: Final = 8 << 10
+"""Characters of a token; one for a hundred conversations takes 6 KiB. Longer ones are not read."""
+
+SCOPES_MAX: Final = 100
+"""Conversations that one token names: it travels with every connection."""
+
+GUEST: Final = "guest:"
+"""What the principals of invitations begin with, so that nobody takes them for somebody known."""
+
+_ISSUER: Final = "crdt-llm"
+_ALGORITHM: Final = "EdDSA"
+_ID_BYTES: Final = 9  # 12 characters: not secret, and never the same twice
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
@@ -91,3 +115,189 @@ def may_connect(origin: str | None, host: str | None, allowed: frozenset[str]) -
     if page.scheme not in _DEFAULT_PORTS or not page.hostname:
         return False
     return same or is_loopback(page.hostname)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What a token proves.
+
+    Attributes:
+        principal: Who.
+        id: The token's name, by which it can be revoked; empty for the owner's own.
+        expires_at: ms since 1970, or ``None`` if it does not end.
+        node: Whether it is an inference node's.
+        conversations: The most that it allows, by conversation; ``None`` allows everything that
+            the document does, everywhere.
+    """
+
+    principal: str
+    id: str = ""
+    expires_at: int | None = None
+    node: bool = False
+    conversations: Mapping[str, Grant] | None = None
+
+    def may_enter(self, conversation: str) -> bool:
+        """Whether it is of any use in a conversation."""
+        return self.conversations is None or conversation in self.conversations
+
+    def cap(self, conversation: str) -> Grant | None:
+        """The most that it allows there; ``None`` if it does not narrow anything."""
+        return None if self.conversations is None else self.conversations.get(conversation)
+
+
+class Authority:
+    """Issues tokens, and says what they prove.
+
+    Args:
+        owner_token: The owner's own token, from its file.
+        secret: The Ed25519 seed that signs all others, 32 bytes.
+        ledger: Where issued and revoked ones are noted.
+        clock: ms since 1970.
+        random: Random bytes.
+    """
+
+    def __init__(
+        self,
+        owner_token: str,
+        secret: bytes,
+        ledger: TokenLedger,
+        *,
+        clock: Callable[[], int],
+        random: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self._owner_token = owner_token.encode()
+        self._key = Ed25519PrivateKey.from_private_bytes(secret)
+        self._public = self._key.public_key()
+        self._ledger = ledger
+        self._clock = clock
+        self._random = random
+
+    def authenticate(self, token: str | None) -> Pass | None:
+        """What a token proves; ``None`` if that is nothing (any more).
+
+        Raises:
+            StoreFailed: It cannot be found out now whether it was revoked.
+        """
+        if token is None or len(token) > TOKEN_CHARACTERS_MAX:
+            return None
+        if hmac.compare_digest(token.encode(errors="replace"), self._owner_token):
+            return Pass(OWNER)
+        found = self._read(token)
+        return found if found is not None and self.is_valid(found) else None
+
+    def is_valid(self, found: Pass) -> bool:
+        """Whether a pass still counts: a connection outlives the moment of its handshake.
+
+        Raises:
+            StoreFailed: It cannot be found out now.
+        """
+        if found.expires_at is not None and found.expires_at <= self._clock():
+            return False
+        return not found.id or not self._ledger.is_revoked(found.id)
+
+    def issue(
+        self,
+        principal: str,
+        *,
+        expires_at: int | None = None,
+        node: bool = False,
+        conversations: Mapping[str, Grant] | None = None,
+    ) -> tuple[str, Pass]:
+        """Make a token and note it.
+
+        Args:
+            principal: Whom it stands for.
+            expires_at: ms since 1970; ``None`` never.
+            node: Whether it is for an inference node.
+            conversations: The most that it allows, by conversation; ``None`` is everywhere.
+
+        Returns:
+            The token, which is kept nowhere, and what it proves.
+
+        Raises:
+            LocalMisuse: Not for such a name, time or scope.
+            StoreFailed: It could not be noted, so it was not made.
+        """
+        if not 0 < len(principal) <= PRINCIPAL_CHARACTERS_MAX or not principal.isprintable():
+            raise LocalMisuse(f"a principal has 1 to {PRINCIPAL_CHARACTERS_MAX} plain characters")
+        now = self._clock()
+        if expires_at is not None and expires_at <= now:
+            raise LocalMisuse("that token would have ended before it was made")
+        if conversations is not None:
+            if not 0 < len(conversations) <= SCOPES_MAX:
+                raise LocalMisuse(f"a token names 1 to {SCOPES_MAX} conversations")
+            if not all(map(is_conversation_id, conversations)):
+                raise LocalMisuse("a conversation id is 22 characters of A-Z a-z 0-9 - _")
+        token_id = urlsafe_b64encode(self._random(_ID_BYTES)).decode()
+        made = Pass(principal, token_id, expires_at, node, conversations)
+        scope = "node" if node else _scope_of(conversations)
+        self._ledger.record(Issued(token_id, principal, scope, now, expires_at))
+        return self._sign(made, now), made
+
+    def invite(
+        self, conversation: str, role: Grant, expires_at: int | None = None
+    ) -> tuple[str, Pass]:
+        """A token for a guest who is nobody elsewhere.
+
+        It opens nothing by itself: an owner gives the guest's principal its right in the document.
+
+        Raises:
+            LocalMisuse: Nobody is invited as an owner, and see :meth:`issue`.
+            StoreFailed: See :meth:`issue`.
+        """
+        if role is Grant.OWNER:
+            raise LocalMisuse("invite writers or readers; an owner makes owners in the document")
+        guest = GUEST + urlsafe_b64encode(self._random(_ID_BYTES)).decode()
+        return self.issue(guest, expires_at=expires_at, conversations={conversation: role})
+
+    def revoke(self, token_id: str) -> None:
+        """End a token, on live connections too.
+
+        Raises:
+            StoreFailed: It could not be noted.
+        """
+        self._ledger.revoke(token_id, self._clock())
+
+    def _sign(self, made: Pass, now: int) -> str:
+        claims: dict[str, Any] = {
+            "iss": _ISSUER,
+            "sub": made.principal,
+            "jti": made.id,
+            "iat": now // 1000,
+        }
+        if made.expires_at is not None:
+            claims["exp"] = made.expires_at // 1000
+        if made.node:
+            claims["node"] = True
+        if made.conversations is not None:
+            claims["conversations"] = {key: str(one) for key, one in made.conversations.items()}
+        return jwt.encode(claims, self._key, algorithm=_ALGORITHM)
+
+    def _read(self, token: str) -> Pass | None:
+        try:
+            claims = jwt.decode(
+                token,
+                self._public,
+                algorithms=[_ALGORITHM],
+                issuer=_ISSUER,
+                # Time is judged by `is_valid`, with our own clock, then and later.
+                options={"require": ["sub", "jti"], "verify_exp": False, "verify_iat": False},
+            )
+        except jwt.InvalidTokenError:
+            return None
+        expires, scopes = claims.get("exp"), claims.get("conversations")
+        return Pass(
+            principal=claims["sub"],
+            id=claims["jti"],
+            expires_at=None if expires is None else int(expires) * 1000,
+            node=claims.get("node") is True,
+            conversations=None
+            if scopes is None
+            else {conversation: Grant(role) for conversation, role in scopes.items()},
+        )
+
+
+def _scope_of(conversations: Mapping[str, Grant] | None) -> str:
+    if conversations is None:
+        return "everything"
+    return ", ".join(f"{role} of {conversation}" for conversation, role in conversations.items())

@@ -1,21 +1,31 @@
 from __future__ import annotations
 
 import stat
-from typing import TYPE_CHECKING
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import jwt
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from crdt_llm.errors import Corrupt
+from crdt_llm.document.schema import Grant
+from crdt_llm.errors import Corrupt, LocalMisuse
+from crdt_llm.store.token_ledger import TokenLedger
 from crdt_llm.sync.access import (
+    GUEST,
     OWNER,
     TOKEN_CHARACTERS,
+    Authority,
+    Pass,
     TokenAccess,
     load_or_create_token,
     may_connect,
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
 
 def test_the_token_is_made_once_and_for_its_owner_only(tmp_path: Path) -> None:
@@ -104,3 +114,116 @@ def test_pages_from_elsewhere_may_not_connect(
     may: bool,  # noqa: FBT001 - a column of the table
 ) -> None:
     assert may_connect(origin, host, frozenset({"https://allowed.example"})) is may
+
+
+class World:
+    """An authority with a clock that the test moves."""
+
+    def __init__(self, path: Path, secret: bytes = bytes(32)) -> None:
+        self.now_ms = 1_700_000_000_000
+        self.ledger = TokenLedger.open(path)
+        self.authority = Authority("owners-own", secret, self.ledger, clock=lambda: self.now_ms)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path / "tokens.db")
+    yield world
+    world.ledger.close()
+
+
+def test_the_owners_token_allows_everything_for_ever(world: World) -> None:
+    assert world.authority.authenticate("owners-own") == Pass(OWNER)
+    assert world.authority.is_valid(Pass(OWNER))
+
+
+def test_a_token_proves_what_it_was_issued_for(world: World) -> None:
+    scopes = {"A" * 22: Grant.READER}
+    token, made = world.authority.issue("ada", conversations=scopes)
+    found = world.authority.authenticate(token)
+    assert found == made
+    assert found is not None
+    assert found.may_enter("A" * 22)
+    assert not found.may_enter("B" * 22)
+    assert found.cap("A" * 22) is Grant.READER
+    node, _ = world.authority.issue("node-2", node=True)
+    proved = world.authority.authenticate(node)
+    assert proved is not None
+    assert proved.node
+    assert proved.may_enter("B" * 22)
+    assert proved.cap("B" * 22) is None
+
+
+def test_a_token_ends_with_its_time_on_live_connections_too(world: World) -> None:
+    token, _ = world.authority.issue("ada", expires_at=world.now_ms + 60_000)
+    found = world.authority.authenticate(token)
+    assert found is not None
+    world.now_ms += 59_000
+    assert world.authority.is_valid(found)
+    world.now_ms += 1_000
+    assert not world.authority.is_valid(found)
+    assert world.authority.authenticate(token) is None
+
+
+def test_a_revoked_token_counts_no_more(world: World) -> None:
+    token, made = world.authority.issue("ada")
+    kept, _ = world.authority.issue("ada")
+    world.authority.revoke(made.id)
+    assert world.authority.authenticate(token) is None
+    assert not world.authority.is_valid(made)
+    assert world.authority.authenticate(kept) is not None
+
+
+def test_an_invitation_is_for_one_conversation_and_a_guest_of_its_own(world: World) -> None:
+    _, first = world.authority.invite("A" * 22, Grant.WRITER)
+    _, second = world.authority.invite("A" * 22, Grant.WRITER)
+    assert first.principal.startswith(GUEST)
+    assert first.principal != second.principal
+    assert first.conversations == {"A" * 22: Grant.WRITER}
+    with pytest.raises(LocalMisuse, match="invite writers or readers"):
+        world.authority.invite("A" * 22, Grant.OWNER)
+
+
+@given(st.data())
+def test_a_token_that_was_touched_proves_nothing(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder) / "tokens.db")
+        token, _ = world.authority.issue("ada")
+        at = data.draw(st.integers(0, len(token) - 1))
+        # The last character of each part holds spare bits that base64 readers ignore.
+        assume(at + 1 < len(token) and "." not in token[at : at + 2])
+        letter = data.draw(st.characters(codec="ascii").filter(lambda one: one != token[at]))
+        assert world.authority.authenticate(token[:at] + letter + token[at + 1 :]) is None
+        world.ledger.close()
+
+
+def test_a_token_of_another_key_or_without_a_signature_proves_nothing(
+    world: World, tmp_path: Path
+) -> None:
+    other = World(tmp_path / "other.db", bytes([1]) * 32)
+    token, _ = other.authority.issue("ada")
+    other.ledger.close()
+    assert world.authority.authenticate(token) is None
+    claims = {"iss": "crdt-llm", "sub": "owner", "jti": "x"}
+    assert world.authority.authenticate(jwt.encode(claims, "", algorithm="none")) is None
+    symmetric = jwt.encode(claims, "k" * 32, algorithm="HS256")
+    assert world.authority.authenticate(symmetric) is None
+
+
+@pytest.mark.parametrize(
+    ("principal", "options", "why"),
+    [
+        ("", {}, "characters"),
+        ("a\nb", {}, "characters"),
+        ("x" * 201, {}, "characters"),
+        ("ada", {"expires_at": 1}, "ended before"),
+        ("ada", {"conversations": {}}, "1 to 100"),
+        ("ada", {"conversations": {"short": Grant.READER}}, "22 characters"),
+    ],
+)
+def test_what_no_token_can_say(
+    world: World, principal: str, options: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(LocalMisuse, match=why):
+        world.authority.issue(principal, **options)
+    assert world.ledger.issued() == ()
