@@ -17,10 +17,12 @@ The conversation
   a gap: a stock client may send a later write before the one that gives birth.
 * C2 ``birth`` - ``schema`` and ``birth`` may be repeated with equal values, never changed or
   deleted.
-* C3 ``forbidden`` - a stranger or a reader writes nothing, a node only what N1 and E1 give it.
+* C3 ``forbidden`` - a stranger or a reader writes nothing, a node only what N1 and E1 give it. A
+  token may allow less than its principal's right, never more.
 * C4 ``meta`` - only known keys with well-formed values, by a writer.
-* C5 ``access`` - only by an owner; known grants; the birth's owner stays an owner.
-* C6 ``leases`` - only by the node, a well-formed value under a canonical epoch, once.
+* C5 ``access`` - only by an owner; known grants; the birth's owner stays an owner. Everybody else
+  may delete their own right: that is leaving.
+* C6 ``leases`` - only by the node, a well-formed value under a canonical epoch, its own, once.
 * C7 ``schema`` - no shared type, key or place in the document beside the schema's.
 
 Entries
@@ -37,12 +39,14 @@ Entries
 
 What only the node writes
 
+* N0 ``stale-epoch`` - a node writes only while the lease of its epoch is the conversation's.
 * N1 ``node-field`` - ``place``, ``state``, ``calls``, ``reads``, ``sealed``, ``usage``, ``salt``,
   ``proof`` and the text of a reply.
 * N2 ``state`` - a slot's state only goes forward; ``streaming`` and ``done`` need a place,
   ``superseded`` has none.
 * N3 ``place`` - a place hangs at an admitted parent that is not still being answered, under an
-  epoch that has a lease; an author's entry is proved at once, a slot starts at once.
+  epoch that has a lease, the writer's own; an author's entry is proved at once, a slot starts at
+  once.
 * N4 ``proof`` - a proof comes with its salt (a redacted entry never gets one), once its entry is
   admitted and, for a reply, ended; a placed reply does not end without.
 * N5 ``growth`` - a reply's text and sealed chunks only grow at their end and only while it streams;
@@ -120,11 +124,24 @@ class Author:
 
     Attributes:
         principal: the authenticated name.
-        node: whether it holds the conversation's current lease.
+        node: whether it writes as the conversation's node.
+        epoch: the epoch of the lease that it holds as the node, if it holds one.
+        cap: the most that its token allows; ``None`` for all that the principal may.
     """
 
     principal: str
     node: bool = False
+    epoch: int | None = None
+    cap: Grant | None = None
+
+    def bounded(self, grant: Grant | None) -> Grant | None:
+        """What is left of the principal's right under this token."""
+        if grant is None or self.cap is None:
+            return grant
+        return max(grant, self.cap, key=_RIGHTS.index)
+
+
+_RIGHTS: Final = (Grant.OWNER, Grant.WRITER, Grant.READER)  # the most first
 
 
 @dataclass(slots=True)
@@ -145,7 +162,12 @@ class _Touched:
 
 
 def check(
-    change: Change, conversation: Conversation, *, conversation_id: str, author: Author
+    change: Change,
+    conversation: Conversation,
+    *,
+    conversation_id: str,
+    author: Author,
+    epoch: int | None = None,
 ) -> None:
     """Ask whether ``author`` may have made ``change``.
 
@@ -157,6 +179,8 @@ def check(
         conversation: the replica **after** the update.
         conversation_id: the id under which the update was sent.
         author: who sent it.
+        epoch: the conversation's current epoch; ``None`` where no leases are kept, so that nobody
+            is fenced off.
 
     Raises:
         Refused: a rule is broken. The replica must be thrown away, as after the next.
@@ -164,6 +188,8 @@ def check(
     """
     if change.is_empty:
         return  # known already: a no-op for everybody
+    if author.node and epoch is not None:  # N0
+        _need(author.epoch == epoch, "stale-epoch", "another node has the lease now, or none has")
     _Check(change, conversation, conversation_id, author).run()
 
 
@@ -177,7 +203,8 @@ class _Check:
         self._conversation = conversation
         self._conversation_id = conversation_id
         self._author = author
-        self._grant: Grant | None = None
+        self._right: Grant | None = None  # the principal's
+        self._grant: Grant | None = None  # what is left of it under the author's token
 
     def run(self) -> None:
         by_root: dict[str, list[Edit]] = {META: [], ACCESS: [], LEASES: [], ENTRIES: []}
@@ -185,7 +212,8 @@ class _Check:
             by_root[edit.root].append(edit)
         birth = self._birth(by_root[META])
         self._grant = self._grant_before(birth, by_root[ACCESS])
-        if self._grant not in {Grant.OWNER, Grant.WRITER} and not self._author.node:  # C3
+        may_write = self._is_writer() or self._author.node or self._is_leaving()
+        if not may_write:  # C3
             raise Forbidden("forbidden", "you may not write in this conversation")
         for edit in by_root[META]:
             self._meta(edit)
@@ -222,6 +250,8 @@ class _Check:
             raise Refused("birth", "birth is a map of owner and a nonce of 16 bytes")
         _need(self._is_ours(birth), "birth", "this birth belongs to another conversation id")
         created = any(edit.key == "birth" and edit.action == "add" for edit in edits)
+        if created and self._author.bounded(Grant.OWNER) is not Grant.OWNER:
+            raise Forbidden("birth", "this token may not create a conversation")
         if created and birth.owner != self._author.principal:
             raise Forbidden("birth", "only its owner creates a conversation")
         return birth
@@ -231,6 +261,10 @@ class _Check:
 
     def _grant_before(self, birth: Birth, edits: list[Edit]) -> Grant | None:
         """What the author might do before the change, which may be about just that."""
+        self._right = self._right_before(birth, edits)
+        return self._author.bounded(self._right)
+
+    def _right_before(self, birth: Birth, edits: list[Edit]) -> Grant | None:
         principal = self._author.principal
         if birth.owner == principal:
             return Grant.OWNER
@@ -241,6 +275,16 @@ class _Check:
 
     def _is_writer(self) -> bool:
         return self._grant in {Grant.OWNER, Grant.WRITER}
+
+    def _is_leaving(self) -> bool:
+        """Whether all that changed is that the author gave up its right, with a token for that."""
+        whole_right = self._right is not None and self._grant is self._right
+        edits = self._change.edits
+        return whole_right and bool(edits) and all(map(self._gives_up, edits))
+
+    def _gives_up(self, edit: Edit) -> bool:
+        own = edit.root == ACCESS and not edit.path and edit.key == self._author.principal
+        return own and edit.action == "delete"
 
     def _meta(self, edit: Edit) -> None:
         """C4; ``schema`` and ``birth`` were C2's."""
@@ -255,7 +299,8 @@ class _Check:
 
     def _access(self, edit: Edit, birth: Birth) -> None:
         """C5."""
-        if self._grant is not Grant.OWNER:
+        gives_up = self._gives_up(edit) and self._grant is self._right
+        if self._grant is not Grant.OWNER and not gives_up:
             raise Forbidden("access", "only an owner gives or takes rights")
         if edit.path or edit.shared or not edit.key:
             raise Refused("schema", "access is a map of names to rights")
@@ -274,6 +319,8 @@ class _Check:
         known = _EPOCH.match(edit.key) is not None and int(edit.key) <= WHOLE_MAX
         _need(known, "leases", "an epoch is a whole number, as text")
         _need(edit.action == "add", "leases", "a lease is written once")
+        own = self._author.epoch in {None, int(edit.key)}
+        _need(own, "leases", "a node records its own lease")
         value = edit.new
         _need(
             isinstance(value, dict)
@@ -506,6 +553,8 @@ class _Check:
         if place is None or set(value) != {"parent", "epoch"}:
             raise Refused("place", "a place is a parent and an epoch")
         _need(tree.is_admitted(place.parent), "place", "a parent is admitted before its children")
+        own = self._author.epoch in {None, place.epoch}
+        _need(own, "place", "a node places under the epoch of its own lease")
         _need(
             self._conversation.lease(place.epoch) is not None,
             "place",

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 OLGA, WILL, RITA, STAN = Author("olga"), Author("will"), Author("rita"), Author("stan")
 NODE = Author("node", node=True)
+CAPPED_WILL, CAPPED_OLGA = Author("will", cap=Grant.READER), Author("olga", cap=Grant.READER)
+WRITING_OLGA = Author("olga", cap=Grant.WRITER)
+HOLDER = Author("node", node=True, epoch=1)
 BIRTH = Birth("olga", b"n" * 16)
 CONVERSATION = conversation_id(BIRTH)
 PROOF = Proof(content=b"c" * 32, tokens=None, calls=None, digest=b"d" * 32, signature=b"s" * 64)
@@ -230,6 +233,7 @@ class Case:
     write: Write
     code: str | None = None
     state: bytes = STATE
+    epoch: int | None = None  # the conversation's, where leases are kept
 
     def __str__(self) -> str:
         return self.name
@@ -242,6 +246,7 @@ def unborn(*, schema: Any = 1, birth: Any = BIRTH.plain(), **more: Any) -> Write
 
 NOTHING = b"\x00\x00"
 BARE = merge_updates(STATE, Raw(STATE).update(lambda raw: drop(raw[GONE], "content")))
+OWNED = merge_updates(STATE, Raw(STATE).update(lambda raw: put(raw.access, olga="owner")))
 OTHERS = {"owner": "olga", "nonce": b"m" * 16}
 
 WELL_BORN: list[dict[str, Any]] = [
@@ -324,6 +329,7 @@ CASES = [
     Case("C1 a short nonce", OLGA, unborn(birth={"owner": "olga", "nonce": b""}), "birth", NOTHING),
     Case("C1 a birth with more", OLGA, unborn(birth=BIRTH.plain() | {"x": 1}), "birth", NOTHING),
     Case("C1 a shared birth", OLGA, unborn(birth=Map(BIRTH.plain())), "schema", NOTHING),
+    Case("C1 not by a writer's token", WRITING_OLGA, unborn(), "birth", NOTHING),
     Case("C2 repeated by a writer", WILL, unborn()),
     Case("C2 repeated as JavaScript does", WILL, unborn(schema=1.0)),
     Case("C2 another schema", OLGA, unborn(schema=2), "birth"),
@@ -349,7 +355,28 @@ CASES = [
         "forbidden",
     ),
     Case("C3 nor raised by a reader", RITA, lambda r: put(r.access, rita="writer"), "forbidden"),
-    Case("C3 nor kept by deleting it", RITA, lambda r: drop(r.access, "rita"), "forbidden"),
+    Case(
+        "C3 nor anything beside its leaving",
+        RITA,
+        lambda r: (drop(r.access, "rita"), put(r[OPEN], stop="rita")),
+        "forbidden",
+    ),
+    Case("C3 a token that allows it all", Author("will", cap=Grant.OWNER), add),
+    Case("C3 a reader's token of a writer", CAPPED_WILL, add, "forbidden"),
+    Case(
+        "C3 a reader's token of the owner",
+        CAPPED_OLGA,
+        lambda r: put(r.meta, title="x"),
+        "forbidden",
+    ),
+    Case("C3 a writer's token of a reader", Author("rita", cap=Grant.WRITER), add, "forbidden"),
+    Case("C3 a writer's token of the owner", WRITING_OLGA, lambda r: put(r.meta, title="x")),
+    Case(
+        "C3 a token of a stranger",
+        Author("stan", cap=Grant.OWNER),
+        adds(author="stan"),
+        "forbidden",
+    ),
     # Rule C4, meta
     *(
         Case(f"C4 {key} {value!r:.20}", WILL, meta(key, value))
@@ -391,6 +418,31 @@ CASES = [
     Case("C5 an unknown right", OLGA, lambda r: put(r.access, stan="king"), "access"),
     Case("C5 a right that is no text", OLGA, lambda r: put(r.access, stan=["owner"]), "access"),
     Case("C5 the birth's owner lowered", OLGA, lambda r: put(r.access, olga="reader"), "access"),
+    Case("C5 a writer leaves", WILL, lambda r: drop(r.access, "will")),
+    Case("C5 a reader leaves", RITA, lambda r: drop(r.access, "rita")),
+    Case(
+        "C5 with a token of its own",
+        Author("rita", cap=Grant.READER),
+        lambda r: drop(r.access, "rita"),
+    ),
+    Case("C5 not with a lesser token", CAPPED_WILL, lambda r: drop(r.access, "will"), "forbidden"),
+    Case("C5 nor for others", RITA, lambda r: drop(r.access, "will"), "forbidden"),
+    Case("C5 nor a writer for others", WILL, lambda r: drop(r.access, "rita"), "access"),
+    Case(
+        "C5 what it writes as it leaves is its own",
+        WILL,
+        lambda r: (drop(r.access, "will"), add(r)),
+    ),
+    Case(
+        "C5 the birth's owner does not leave",
+        OLGA,
+        lambda r: drop(r.access, "olga"),
+        "access",
+        OWNED,
+    ),
+    Case(
+        "C5 nor by a writer's token", WRITING_OLGA, lambda r: put(r.access, stan="reader"), "access"
+    ),
     Case("C5 a name too long", OLGA, lambda r: put(r.access, **{"x" * 201: "reader"}), "access"),
     Case("C5 no name", OLGA, lambda r: put(r.access, **{"": "reader"}), "schema"),
     Case("C5 a shared right", OLGA, lambda r: put(r.access, stan=Text("reader")), "schema"),
@@ -408,6 +460,8 @@ CASES = [
     Case(
         "C6 a lease with more", NODE, lambda r: put(r.leases, **{"2": LEASE | {"x": 1}}), "leases"
     ),
+    Case("C6 its own", Author("node", node=True, epoch=2), lambda r: put(r.leases, **{"2": LEASE})),
+    Case("C6 another's", HOLDER, lambda r: put(r.leases, **{"2": LEASE}), "leases"),
     Case("C6 no map", NODE, lambda r: put(r.leases, **{"2": ["node", "signature"]}), "leases"),
     Case(
         "C6 a short signature",
@@ -562,6 +616,14 @@ CASES = [
     Case("E7 in another's name", WILL, lambda r: put(r[OPEN], stop="olga"), "stop"),
     Case("E7 with no name", WILL, lambda r: put(r[OPEN], stop=None), "stop"),
     Case("E7 what is no slot", WILL, lambda r: put(r[ASK], stop="will"), "schema"),
+    # Rule N0, the lease
+    Case("N0 the lease's holder", HOLDER, lambda r: grow(r, "!"), epoch=1),
+    Case("N0 where no leases are kept", NODE, lambda r: grow(r, "!")),
+    Case("N0 an earlier holder", HOLDER, lambda r: grow(r, "!"), "stale-epoch", epoch=2),
+    Case("N0 a holder to come", HOLDER, lambda r: grow(r, "!"), "stale-epoch", epoch=0),
+    Case("N0 a late proof", HOLDER, finish, "stale-epoch", epoch=2),
+    Case("N0 a node without a lease", NODE, lambda r: grow(r, "!"), "stale-epoch", epoch=1),
+    Case("N0 nobody else has one", WILL, add, epoch=1),
     # Rule N1, the node's fields
     *(
         Case(f"N1 {key}", OLGA, sets(SLOT, key, value), "node-field")
@@ -605,6 +667,8 @@ CASES = [
     # Rule N3, places
     Case("N3 behind an ended reply", NODE, lambda r: (forked(r), prove(r, NEW, REPLY))),
     Case("N3 a slot behind its question", NODE, start),
+    Case("N3 under its own lease", HOLDER, start),
+    Case("N3 under another's lease", Author("node", node=True, epoch=2), start, "place"),
     Case(
         "N3 both at once",
         NODE,
@@ -763,23 +827,23 @@ CASES = [
 ]
 
 
-def judge(state: bytes, update: bytes, author: Author) -> None:
+def judge(state: bytes, update: bytes, author: Author, epoch: int | None = None) -> None:
     conversation = Conversation(99, update=state)
     change = conversation.apply(update)
-    check(change, conversation, conversation_id=CONVERSATION, author=author)
+    check(change, conversation, conversation_id=CONVERSATION, author=author, epoch=epoch)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_rule(case: Case) -> None:
     update = Raw(case.state).update(case.write)
     if case.code is None:
-        judge(case.state, update, case.author)
+        judge(case.state, update, case.author, case.epoch)
     elif case.code == "gap":
         with pytest.raises(Gap):
-            judge(case.state, update, case.author)
+            judge(case.state, update, case.author, case.epoch)
     else:
         with pytest.raises(Refused) as refused:
-            judge(case.state, update, case.author)
+            judge(case.state, update, case.author, case.epoch)
         assert (refused.value.code, "\n" in refused.value.reason) == (case.code, False)
         assert isinstance(refused.value, TooLarge) == (case.code == "too-large")
 
