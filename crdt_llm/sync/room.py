@@ -36,7 +36,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from crdt_llm.document import rules
-from crdt_llm.document.conversation import ACCESS, EMPTY_STATE_VECTOR, META, ROOTS, Conversation
+from crdt_llm.document.conversation import (
+    ACCESS,
+    EMPTY_STATE_VECTOR,
+    EMPTY_UPDATE,
+    META,
+    ROOTS,
+    Conversation,
+)
 from crdt_llm.document.rules import Author
 from crdt_llm.document.updates import merge
 from crdt_llm.errors import (
@@ -59,6 +66,7 @@ from crdt_llm.sync.structure import (
     find_gap,
     read_update,
 )
+from crdt_llm.sync.tail import Tail
 from crdt_llm.sync.verdict import Committed, Denied, Known, Lacking, one_line, reason_of
 from crdt_llm.sync.wire import UPDATE_BYTES_MAX, decode_state_vector
 
@@ -66,6 +74,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from crdt_llm.document.conversation import Change
+    from crdt_llm.document.schema import Grant
     from crdt_llm.store.log import UpdateLog
     from crdt_llm.sync.structure import Limits, Missing
     from crdt_llm.sync.verdict import Verdict
@@ -291,6 +300,7 @@ class Room:
         self._snapshot_bytes = 0
         self._log_bytes = 0  # since the snapshot
         self._log_updates = 0
+        self._tail = Tail()
         self._seats: dict[Peer, _Seat] = {}
         self._entering: dict[Peer, asyncio.Future[None]] = {}
         self._asking: dict[Peer, None] = {}
@@ -383,6 +393,17 @@ class Room:
     def diff(self, state_vector: bytes = EMPTY_STATE_VECTOR) -> bytes:
         """What is committed and not in ``state_vector``. Only between turns (I1)."""
         return self._settled_replica().diff(state_vector)
+
+    def since(self, lsn: int) -> bytes | None:
+        """What was committed after ``lsn``; ``None`` if not all of it is at hand (see ``diff``)."""
+        updates = self._tail.since(lsn)
+        if updates is None:
+            return None
+        return merge(updates) if updates else EMPTY_UPDATE
+
+    def grant_of(self, author: Author) -> Grant | None:
+        """What somebody may do here as things are. Only between turns (I1)."""
+        return author.bounded(self._settled_replica().grant_of(author.principal))
 
     # -- for the hub ---------------------------------------------------------------------------
 
@@ -576,6 +597,7 @@ class Room:
         self._snapshot_bytes = len(loaded.snapshot or b"")
         self._log_bytes = sum(len(update) for _, update in loaded.updates)
         self._log_updates = len(loaded.updates)
+        self._tail.begin(loaded.lsn, loaded.updates)
         self._document_bytes = (
             self._snapshot_bytes + self._log_bytes + sum(len(update) for update in accepted)
         )
@@ -583,6 +605,7 @@ class Room:
     async def _commit(self, batch: _Batch) -> None:
         updates = batch.updates
         self.lsn = await self._log.append(self.id, updates)
+        self._tail.append(self.lsn, updates)
         self._log_bytes += sum(len(update) for update in updates)
         self._log_updates += len(updates)
 
