@@ -135,6 +135,13 @@ model_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(model_app, name="model")
+token_app = typer.Typer(
+    help="Access for other people, devices and nodes.",
+    epilog="Example: crdt-llm token issue ada --expires 30d",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(token_app, name="token")
 
 _Data = Annotated[
     Path | None,
@@ -318,6 +325,74 @@ def fetch(
 @model_app.callback()
 def _model() -> None:
     """Models on this machine."""
+
+
+@token_app.command(cls=Command, epilog="Example: crdt-llm token issue node-2 --node > node-2.token")
+def issue(
+    principal: Annotated[str, typer.Argument(help="Whom it stands for.")],
+    expires: Annotated[
+        str | None,
+        typer.Option(help="When it ends: 90m, 12h, 30d, 8w.", show_default=False),
+    ] = None,
+    conversation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only there, and at most so much: ID=owner, ID=writer or ID=reader. Repeat it for"
+            " several.",
+            show_default=False,
+        ),
+    ] = None,
+    node: Annotated[bool, typer.Option("--node", help="For an inference node.")] = False,
+    data: _Data = None,
+    json: _Json = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Make an access token and print it; it is kept nowhere else.
+
+    A token says who somebody is. What that principal may do is said in each conversation, by its
+    owner (`/share` in chat).
+    """
+    from crdt_llm.cli.folders import DataFolder  # noqa: PLC0415 - see the module's docstring
+    from crdt_llm.cli.token import run_issue  # noqa: PLC0415 - as above
+
+    _log(verbose=verbose)
+    run_issue(
+        principal,
+        folder=DataFolder.named(data),
+        expires=expires,
+        scopes=conversation or (),
+        node=node,
+        json=json,
+    )
+
+
+@token_app.command("list", cls=Command, epilog="Example: crdt-llm token list --json")
+def list_tokens(data: _Data = None, json: _Json = False, verbose: _Verbose = False) -> None:
+    """List the tokens that were given out, without the tokens themselves."""
+    from crdt_llm.cli.folders import DataFolder  # noqa: PLC0415 - see the module's docstring
+    from crdt_llm.cli.token import run_list  # noqa: PLC0415 - as above
+
+    _log(verbose=verbose)
+    run_list(folder=DataFolder.named(data), json=json)
+
+
+@token_app.command(cls=Command, epilog="Example: crdt-llm token revoke 5f0c2b9e71d4a683")
+def revoke(
+    token_id: Annotated[str, typer.Argument(metavar="ID", help="As `token list` shows it.")],
+    data: _Data = None,
+    verbose: _Verbose = False,
+) -> None:
+    """End a token. A running relay closes its connections within seconds."""
+    from crdt_llm.cli.folders import DataFolder  # noqa: PLC0415 - see the module's docstring
+    from crdt_llm.cli.token import run_revoke  # noqa: PLC0415 - as above
+
+    _log(verbose=verbose)
+    run_revoke(token_id, folder=DataFolder.named(data))
+
+
+@token_app.callback()
+def _token() -> None:
+    """Access for other people, devices and nodes."""
 
 
 def _log(*, verbose: bool) -> None:

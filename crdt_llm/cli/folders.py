@@ -54,8 +54,23 @@ class DataFolder:
         """The owner's token."""
         return self.path / "owner.token"
 
+    @property
+    def tokens(self) -> Path:
+        """Which other tokens were issued and revoked."""
+        return self.path / "tokens.db"
+
+    @property
+    def register(self) -> Path:
+        """What a relay knows of its conversations even if it lost its log."""
+        return self.path / "register.db"
+
+    @property
+    def kv(self) -> Path:
+        """KV cache that was moved out of memory; derived, and safe to delete."""
+        return self.path / "kv"
+
     def key(self, name: str) -> Path:
-        """A secret: ``relay`` and ``node`` sign, ``master`` seals."""
+        """A secret: ``relay``, ``node`` and ``token`` sign, ``master`` seals."""
         return self.path / "keys" / f"{name}.key"
 
     def device(self, name: str) -> Path:

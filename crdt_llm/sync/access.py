@@ -51,7 +51,7 @@ GUEST: Final = "guest:"
 
 _ISSUER: Final = "crdt-llm"
 _ALGORITHM: Final = "EdDSA"
-_ID_BYTES: Final = 9  # 12 characters: not secret, and never the same twice
+_ID_BYTES: Final = 8  # not secret, and never the same twice
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
@@ -228,7 +228,7 @@ class Authority:
                 raise LocalMisuse(f"a token names 1 to {SCOPES_MAX} conversations")
             if not all(map(is_conversation_id, conversations)):
                 raise LocalMisuse("a conversation id is 22 characters of A-Z a-z 0-9 - _")
-        token_id = urlsafe_b64encode(self._random(_ID_BYTES)).decode()
+        token_id = self._random(_ID_BYTES).hex()
         made = Pass(principal, token_id, expires_at, node, conversations)
         scope = "node" if node else _scope_of(conversations)
         self._ledger.record(Issued(token_id, principal, scope, now, expires_at))
@@ -247,7 +247,7 @@ class Authority:
         """
         if role is Grant.OWNER:
             raise LocalMisuse("invite writers or readers; an owner makes owners in the document")
-        guest = GUEST + urlsafe_b64encode(self._random(_ID_BYTES)).decode()
+        guest = GUEST + self._random(_ID_BYTES).hex()
         return self.issue(guest, expires_at=expires_at, conversations={conversation: role})
 
     def revoke(self, token_id: str) -> None:

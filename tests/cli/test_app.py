@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-COMMANDS = ("serve", "chat", "inspect", "replay", "model fetch")
+COMMANDS = (
+    "serve",
+    "chat",
+    "inspect",
+    "replay",
+    "model fetch",
+    "token issue",
+    "token list",
+    "token revoke",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
