@@ -1,0 +1,2 @@
+/** Opens a websocket. */
+export type SocketFactory = (url: string, protocol: string) => WebSocket

@@ -1,0 +1,2 @@
+/** Where replicas are kept. */
+export type Store = object

@@ -1,0 +1,2 @@
+/** Locks and messages between tabs. */
+export type Tabs = object
