@@ -16,7 +16,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -305,6 +305,45 @@ def replay(
 
     _log(verbose=verbose)
     _exit(run_replay(conversation=conversation, data=data, model=model, as_json=json))
+
+
+@app.command(cls=Command, epilog="Example: crdt-llm export --output talk.yjs")
+def export(
+    conversation: Annotated[
+        str | None,
+        typer.Argument(
+            help="Its id, or how that begins; by default the last one.", show_default=False
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The file; standard output else.", show_default=False),
+    ] = None,
+    form: Annotated[
+        Literal["document", "json", "markdown"],
+        typer.Option("--format", help="`document` is everything, and can be brought back."),
+    ] = "document",
+    data: _Data = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Ask a running relay instead of DATA's log.", show_default=False),
+    ] = None,
+    token_file: _TokenFile = None,
+    verbose: _Verbose = False,
+) -> None:
+    """Write a conversation to a file."""
+    from crdt_llm.cli.export import Format, run_export  # noqa: PLC0415 - see the module's docstring
+    from crdt_llm.cli.folders import DataFolder  # noqa: PLC0415 - as above
+
+    _log(verbose=verbose)
+    run_export(
+        conversation,
+        folder=DataFolder.named(data),
+        url=url,
+        token_file=token_file,
+        form=Format(form),
+        output=output,
+    )
 
 
 @model_app.command(cls=Command, epilog="Example: crdt-llm model fetch")

@@ -61,13 +61,7 @@ def run_inspect(
         BadProof: something does not hold (after everything was printed).
         CrdtLlmError: the conversation cannot be had.
     """
-    if url is None:
-        identity = _stored_id(question.conversation, folder)
-        conversation = load_stored(folder.log, identity)
-    else:
-        conversation = asyncio.run(
-            _ask_relay(question.conversation, url, token_file or folder.token)
-        )
+    conversation = had(question, folder=folder, url=url, token_file=token_file)
     # Another relay's token means that this folder's keys are of no use there.
     keys = _keys(folder) if url is None or token_file is None else Keys()
     _check_key(question, keys, folder)
@@ -79,6 +73,19 @@ def run_inspect(
 
 
 # -- the document ----------------------------------------------------------------------------------
+
+
+def had(
+    question: Question, *, folder: DataFolder, url: str | None, token_file: Path | None
+) -> Conversation:
+    """The conversation that was asked for, from the folder's log or from a relay.
+
+    Raises:
+        CrdtLlmError: it cannot be had.
+    """
+    if url is None:
+        return load_stored(folder.log, _stored_id(question.conversation, folder))
+    return asyncio.run(_ask_relay(question.conversation, url, token_file or folder.token))
 
 
 def _stored_id(given: str | None, folder: DataFolder) -> str:
@@ -256,6 +263,12 @@ def _opened(
         else:
             found[entry.id] = hidden_facts(hidden) if hidden is not None else {}
     return found
+
+
+def document_facts(conversation: Conversation) -> dict[str, Any]:
+    """Everything visible of a conversation, every branch of it, as JSON."""
+    entries = _entries(Question(conversation.id, all=True), conversation)
+    return _document_facts(conversation, entries, {}, None)
 
 
 def _document_facts(

@@ -25,6 +25,7 @@ COMMANDS = (
     "chat",
     "inspect",
     "replay",
+    "export",
     "model fetch",
     "token issue",
     "token list",
