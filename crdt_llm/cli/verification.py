@@ -106,7 +106,7 @@ def _holds(conversation: Conversation, name: str, keys: Keys, report: Report) ->
     if entry is None or not entry.is_slot or entry.redacted or keys.sealer is None:
         return True
     try:
-        hidden = _check_tokens(conversation, entry, keys.sealer)
+        hidden = _check_tokens(conversation, entry, keys.sealer, keys.relay)
         if hidden is None:
             return True
         report.tokens.append(name)
@@ -118,7 +118,9 @@ def _holds(conversation: Conversation, name: str, keys: Keys, report: Report) ->
     return True
 
 
-def _check_tokens(conversation: Conversation, reply: Entry, sealer: Sealer) -> Hidden | None:
+def _check_tokens(
+    conversation: Conversation, reply: Entry, sealer: Sealer, relay: bytes | None
+) -> Hidden | None:
     if reply.proof is not None and reply.proof.tokens is None:
         return None  # a reply that the node had to give up commits to its text alone
     hidden = open_hidden(conversation, reply, sealer)
@@ -132,10 +134,7 @@ def _check_tokens(conversation: Conversation, reply: Entry, sealer: Sealer) -> H
         raise BadProof("its sealed tokens are not the ones that were committed to")
     chunk = FINAL_CHUNK if reply.ended else len(reply.sealed) - 1
     where = place_of(conversation, reply, chunk)
-    lease = conversation.lease(where.epoch)
-    if lease is None:
-        raise BadProof(f"no lease for epoch {where.epoch}")
-    verify_chunk(reply.sealed[-1], where, reply.content, lease[0])
+    verify_chunk(conversation, reply.sealed[-1], where, reply.content, relay)
     return hidden
 
 

@@ -14,7 +14,9 @@ Byte-exact definitions (``‖`` is concatenation, integers are big-endian unless
 * ``root = SHA-256("crdt-llm/1/root" ‖ conversation id)``.
 * ``digest = SHA-256("crdt-llm/1/entry" ‖ parent's digest ‖ msgpack([id, canonical(born),
   proof.content, proof.tokens, proof.calls, reads, final state]))`` with nil where absent.
-* proof: Ed25519 over ``"crdt-llm/1/proof" ‖ conversation id ‖ epoch (uint64) ‖ digest``.
+* proof: Ed25519 over ``"crdt-llm/1/proof" ‖ conversation id ‖ epoch (uint64) ‖ digest``, by the
+  node of that epoch's lease. The epoch is the one of the entry's place; of a reply that another
+  node took over it is the later one under which that node ended it.
 * lease: Ed25519 by the relay over ``"crdt-llm/1/lease" ‖ conversation id ‖ epoch (uint64) ‖
   node's public key``.
 """
@@ -33,7 +35,7 @@ from crdt_llm.document.schema import ROOT, Proof, State, normalise
 from crdt_llm.errors import BadProof
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from crdt_llm.document.conversation import Conversation
     from crdt_llm.document.keys import SigningKey
@@ -148,12 +150,6 @@ def verify_entry(
     identity, proof, place = conversation.id or "", entry.proof, entry.place
     if place is None or proof is None:
         raise BadProof("no proof")
-    lease = conversation.lease(place.epoch)
-    if lease is None:
-        raise BadProof(f"no lease for epoch {place.epoch}")
-    node, signature = lease
-    if relay is not None:
-        verify(relay, signature, lease_message(identity, place.epoch, node))
     if not entry.redacted and (
         entry.salt is None or commit_content(entry.salt, entry.content) != proof.content
     ):
@@ -169,7 +165,57 @@ def verify_entry(
     )
     if link.digest(parent) != proof.digest:
         raise BadProof("the digest does not follow from the entries before it")
-    verify(node, proof.signature, _proof_message(identity, place.epoch, proof.digest))
+    digest = proof.digest
+    verify_under_lease(
+        conversation,
+        lambda epoch: _proof_message(identity, epoch, digest),
+        proof.signature,
+        first=place.epoch,
+        last=None if entry.is_slot else place.epoch,
+        relay=relay,
+    )
+
+
+def verify_under_lease(  # noqa: PLR0913 - a signature, and everything that it depends on
+    conversation: Conversation,
+    message: Callable[[int], bytes],
+    signature: bytes,
+    *,
+    first: int,
+    last: int | None = None,
+    relay: bytes | None = None,
+) -> int:
+    """Check that the node of a lease signed something.
+
+    Args:
+        conversation: the replica that holds the leases.
+        message: what was signed, given the epoch.
+        signature: the signature.
+        first: the first epoch that comes into question; it must have a lease.
+        last: the last one; without it any later lease will do: a reply may be taken over.
+        relay: the relay's public key, if it is known: then the lease's signature is checked too.
+
+    Returns:
+        The epoch under which it was signed.
+
+    Raises:
+        BadProof: none of these nodes signed it, or the relay did not make its signer a node.
+    """
+    if conversation.lease(first) is None:
+        raise BadProof(f"no lease for epoch {first}")
+    for epoch in conversation.epochs(first):
+        lease = conversation.lease(epoch)
+        if lease is None or (last is not None and epoch > last):
+            break
+        node, granted = lease
+        try:
+            verify(node, signature, message(epoch))
+        except BadProof:
+            continue
+        if relay is not None:
+            verify(relay, granted, lease_message(conversation.id or "", epoch, node))
+        return epoch
+    raise BadProof("a signature does not hold")
 
 
 def verify_path(

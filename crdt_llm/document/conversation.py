@@ -562,6 +562,14 @@ class Conversation:
             return None
         return node, signature
 
+    def epochs(self, since: int = 0) -> tuple[int, ...]:
+        """The epochs with a recorded lease, from ``since`` on, in order."""
+        names: list[str] = list(self._roots[LEASES].keys())
+        found = {int(name) for name in names if name.isascii() and name.isdecimal()}
+        return tuple(
+            epoch for epoch in sorted(found) if epoch >= since and self.lease(epoch) is not None
+        )
+
     def born(self, entry: str) -> Born | None:
         """An entry's ``born``, or ``None`` if there is no such well-formed entry. O(1)."""
         return self._born.get(entry)

@@ -9,7 +9,8 @@ is HKDF-SHA256 (RFC 5869) of the master key, no salt, info ``"crdt-llm/1/seal" �
 the associated data is ``conversation id ‖ entry id ‖ chunk number (uint32, big-endian)``. The one
 blob that replaces the chunks at a reply's end has the chunk number ``2^32 - 1``. The signature is
 the node's, over ``"crdt-llm/1/chunk" ‖ conversation id ‖ entry id ‖ parent's digest ‖ epoch
-(uint64) ‖ chunk number (uint32) ‖ SHA-256(text so far)``. The plaintext is the MessagePack map of
+(uint64) ‖ chunk number (uint32) ‖ SHA-256(text so far)``; the epoch is that of the reply's place,
+or the later one of a node that took the reply over. The plaintext is the MessagePack map of
 :meth:`Hidden.plain`.
 """
 
@@ -28,8 +29,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from crdt_llm.document.chain import ids_bytes, parent_digest
-from crdt_llm.document.keys import verify
+from crdt_llm.document.chain import ids_bytes, parent_digest, verify_under_lease
 from crdt_llm.errors import BadProof
 
 if TYPE_CHECKING:
@@ -256,10 +256,28 @@ def _parts(blob: bytes) -> tuple[str, bytes, bytes, bytes]:
             raise BadProof("a sealed field has not the form of one")
 
 
-def verify_chunk(blob: bytes, where: Where, text: str, node: bytes) -> None:
-    """Check that the node signed this blob for this place with this text.
+def verify_chunk(
+    conversation: Conversation, blob: bytes, where: Where, text: str, relay: bytes | None = None
+) -> int:
+    """Check that a node signed this blob for this place with this text, under a lease.
+
+    Args:
+        conversation: the replica that holds the leases.
+        blob: one of the field ``sealed``.
+        where: its place, with the epoch of the reply's place.
+        text: the reply's text as it stood with this blob.
+        relay: the relay's public key, if it is known: then the lease's signature is checked too.
+
+    Returns:
+        The epoch under which it was signed: the place's, or a later one.
 
     Raises:
-        BadProof: it did not.
+        BadProof: no node did.
     """
-    verify(node, _parts(blob)[3], where.signed(text))
+    return verify_under_lease(
+        conversation,
+        lambda epoch: replace(where, epoch=epoch).signed(text),
+        _parts(blob)[3],
+        first=where.epoch,
+        relay=relay,
+    )

@@ -57,12 +57,21 @@ TEXT = {USER: "hello", SLOT: "Grüße 🌍", NEXT: "go on", PENDING: "later"}
 CALLS = [{"id": "1", "arguments": {"z": 1.0, "a": [0.5, None]}}]
 
 
-def a_conversation() -> Conversation:
-    """Two answered entries, all proved, and one that is pending."""
+SUCCESSOR = SigningKey(b"s" * 32)
+
+
+def a_conversation(*, ended_by: SigningKey = NODE, ended_under: int = 1) -> Conversation:
+    """Two answered entries, all proved, and one that is pending.
+
+    The reply may have been ended by another node under its own lease, as all that follows.
+    """
     conversation = Conversation(1)
     with conversation.writing() as writer:
         writer.give_birth(BIRTH, 1)
         writer.add_lease(1, NODE.public, RELAY.sign(lease_message(CONVERSATION, 1, NODE.public)))
+        if ended_by is not NODE:
+            granted = RELAY.sign(lease_message(CONVERSATION, 2, ended_by.public))
+            writer.add_lease(2, ended_by.public, granted)
         for entry, born in BORN.items():
             writer.add(entry, born, TEXT[entry])
     parent = ROOT
@@ -79,9 +88,10 @@ def a_conversation() -> Conversation:
             state=State.DONE if slot else None,
         )
         before = parent_digest(conversation, parent)
-        proof = prove(link, parent=before, conversation=CONVERSATION, epoch=1, key=NODE)
+        key, epoch = (NODE, 1) if entry == USER else (ended_by, ended_under)
+        proof = prove(link, parent=before, conversation=CONVERSATION, epoch=epoch, key=key)
         with conversation.writing() as writer:
-            writer.place(entry, Place(parent, 1))
+            writer.place(entry, Place(parent, 1 if slot else epoch))
             writer.proof(entry, salt, proof)
             if slot:
                 writer.state(entry, State.DONE)
@@ -192,6 +202,24 @@ def test_a_key_that_the_relay_did_not_sign_for_proves_nothing() -> None:
 def test_an_epoch_without_a_lease_proves_nothing() -> None:
     conversation = changed(lambda w: w.place(USER, Place(ROOT, 2)))
     assert problems(conversation) == {USER: False}
+
+
+def test_a_reply_that_was_taken_over_holds_under_the_later_lease() -> None:
+    taken_over = a_conversation(ended_by=SUCCESSOR, ended_under=2)
+    assert problems(taken_over) == {USER: True, SLOT: True, NEXT: True}
+    earlier = a_conversation(ended_by=SUCCESSOR, ended_under=1)
+    assert problems(earlier) == {USER: True, SLOT: False}, "it had no lease of that epoch"
+    unsigned = Conversation(2, update=taken_over.diff())
+    with unsigned.writing() as writer:
+        writer.add_lease(2, SUCCESSOR.public, bytes(64))
+    assert problems(unsigned) == {USER: True, SLOT: False}, "the relay made it no node"
+
+
+def test_an_author_s_entry_is_proved_under_the_lease_of_its_place() -> None:
+    conversation = a_conversation(ended_by=SUCCESSOR, ended_under=2)
+    with conversation.writing() as writer:
+        writer.place(NEXT, Place(SLOT, 1))
+    assert problems(conversation) == {USER: True, SLOT: True, NEXT: False}
 
 
 def test_the_chain_survives_a_redaction() -> None:

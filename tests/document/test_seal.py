@@ -16,11 +16,14 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crdt_llm.document.chain import lease_message
+from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.keys import SigningKey
 from crdt_llm.document.seal import FINAL_CHUNK, Hidden, Kind, Sealer, Where, verify_chunk
 from crdt_llm.errors import BadProof
 
 MASTER, NODE = b"m" * 32, SigningKey(b"k" * 32)
+RELAY, SUCCESSOR = SigningKey(b"r" * 32), SigningKey(b"s" * 32)
 WHERE = Where("conversation", "entry", b"p" * 32, 3, 0)
 HIDDEN = Hidden(
     ids=(1, 2, 70_000, 4),
@@ -34,6 +37,19 @@ HIDDEN = Hidden(
 
 def sealer(master: bytes = MASTER) -> Sealer:
     return Sealer(master, random.Random(1).randbytes)
+
+
+def leased(nodes: dict[int, SigningKey]) -> Conversation:
+    """A replica with these leases."""
+    conversation = Conversation(1)
+    with conversation.writing() as writer:
+        for epoch, node in nodes.items():
+            message = lease_message(conversation.id or "", epoch, node.public)
+            writer.add_lease(epoch, node.public, RELAY.sign(message))
+    return conversation
+
+
+LEASED = leased({3: NODE})
 
 
 def final(where: Where = WHERE) -> Where:
@@ -55,7 +71,7 @@ def test_what_is_sealed_opens(hidden: Hidden, chunk: int, text: str) -> None:
     where = replace(WHERE, chunk=chunk)
     blob = sealer().seal(hidden, where, text, NODE)
     assert sealer().open(blob, where) == hidden
-    verify_chunk(blob, where, text, NODE.public)
+    assert verify_chunk(LEASED, blob, where, text, RELAY.public) == 3
 
 
 def test_a_blob_is_what_its_description_says() -> None:
@@ -100,16 +116,29 @@ def test_a_blob_does_not_open_elsewhere(elsewhere: dict[str, Any]) -> None:
         {"where": replace(WHERE, parent=b"q" * 32)},
         {"where": replace(WHERE, epoch=4)},
         {"where": replace(WHERE, chunk=1)},
-        {"node": SigningKey(b"x" * 32).public},
+        {"conversation": leased({3: SUCCESSOR})},
+        {"conversation": leased({3: SUCCESSOR, 4: NODE})},
+        {"conversation": leased({2: NODE})},
+        {"relay": SUCCESSOR.public},
     ],
     ids=str,
 )
 def test_a_signature_covers_the_place_and_the_text(changed: dict[str, Any]) -> None:
     blob = sealer().seal(HIDDEN, WHERE, "text", NODE)
-    right: dict[str, Any] = {"where": WHERE, "text": "text", "node": NODE.public}
-    verify_chunk(blob, **right)
+    right: dict[str, Any] = {"conversation": LEASED, "blob": blob, "where": WHERE, "text": "text"}
+    verify_chunk(**right, relay=RELAY.public)
     with pytest.raises(BadProof):
-        verify_chunk(blob, **right | changed)
+        verify_chunk(**right | changed)
+
+
+def test_a_reply_that_was_taken_over_is_sealed_under_the_later_lease() -> None:
+    both = leased({3: NODE, 4: SUCCESSOR})
+    later = sealer().seal(HIDDEN, replace(WHERE, chunk=1, epoch=4), "more", SUCCESSOR)
+    where = replace(WHERE, chunk=1)
+    assert verify_chunk(both, later, where, "more", RELAY.public) == 4
+    earlier = sealer().seal(HIDDEN, where, "more", SUCCESSOR)
+    with pytest.raises(BadProof):
+        verify_chunk(both, earlier, where, "more")
 
 
 def test_another_key_does_not_open_it() -> None:
@@ -125,7 +154,7 @@ def test_every_changed_byte_is_noticed() -> None:
 
     def read(given: bytes) -> None:
         sealer().open(given, WHERE)
-        verify_chunk(given, WHERE, "text", NODE.public)
+        verify_chunk(LEASED, given, WHERE, "text")
 
     read(blob)
     for position in range(len(blob)):
@@ -141,7 +170,7 @@ def test_any_bytes_are_a_blob_or_an_error(garbage: bytes) -> None:
     with pytest.raises(BadProof):
         sealer().open(garbage, WHERE)
     with pytest.raises(BadProof):
-        verify_chunk(garbage, WHERE, "", NODE.public)
+        verify_chunk(LEASED, garbage, WHERE, "")
 
 
 @pytest.mark.parametrize(
