@@ -25,6 +25,7 @@ from pycrdt import Array, Doc, Map, Text
 from crdt_llm.document.schema import (
     ENDED,
     ENTRY_FIELDS,
+    REDACTION_DELETES,
     ROOT,
     Entry,
     Grant,
@@ -231,6 +232,18 @@ class Writer:
     def stop(self, slot: str, principal: str) -> None:
         """Ask for the end of a reply."""
         self.set(slot, "stop", principal)
+
+    def redact(self, entry: str, principal: str, at_ms: int) -> None:
+        """Withdraw an entry: say so, and delete what it said."""
+        self.set(entry, "redacted", {"by": principal, "at": at_ms})
+        self.clear(entry)
+
+    def clear(self, entry: str) -> None:
+        """Delete what there is of a redacted entry's content and what it could be guessed from."""
+        fields = self._entries[entry]
+        for key in sorted(REDACTION_DELETES):
+            if key in fields:
+                del fields[key]
 
     # -- the node's writes ---------------------------------------------------------------------
 

@@ -33,7 +33,8 @@ Entries
   at most :data:`CLOCK_LEAD_MAX` ahead of every clock known before it.
 * E4 ``content`` - an author's entry is born with its text as plain text; a slot without any.
 * E5 ``frozen`` - what is written once is never written again; an entry is never replaced.
-* E6 ``frozen`` - nothing is deleted but what a redaction withdraws, by its author or an owner.
+* E6 ``frozen`` - nothing is deleted but what a redaction withdraws, by its author, an owner, or the
+  node, which clears away what was written beside the redaction.
 * E7 ``stop`` - a slot's ``stop`` names the writer who asks.
 * E8 ``redacted`` - ``redacted`` names its writer, who is the entry's author or an owner.
 
@@ -498,9 +499,11 @@ class _Check:
             "frozen",
             "content goes only with a redaction",
         )
-        if self._grant is not Grant.OWNER and not (
-            entry_author == principal and (self._is_writer() or self._author.node)
-        ):
+        # What a redaction met on its way, the node clears away: a salt that it wrote at the same
+        # time would let a short secret be guessed.
+        clears_away = self._author.node and "redacted" not in written
+        is_author = entry_author == principal and (self._is_writer() or self._author.node)
+        if not (self._grant is Grant.OWNER or is_author or clears_away):
             raise Forbidden("redacted", "only its author or an owner withdraws an entry")
         if "redacted" in written:
             value = written["redacted"]
