@@ -599,7 +599,9 @@ CASES = [
     Case("E8 again", OLGA, lambda r: redact(r, GONE, "olga")),
     Case("E8 another writer", WILL, lambda r: redact(r, USER_2, "will"), "redacted"),
     Case("E8 the node", NODE, lambda r: redact(r, ASK, "node"), "redacted"),
-    Case("E8 the node, and all of it", NODE, lambda r: redact(r, ASK, "node", "content"), "redacted"),
+    Case(
+        "E8 the node, and all of it", NODE, lambda r: redact(r, ASK, "node", "content"), "redacted"
+    ),
     Case("E8 in another's name", WILL, lambda r: redact(r, ASK, "olga"), "redacted"),
     Case("E8 at no time", WILL, lambda r: put(r[ASK], redacted={"by": "will"}), "redacted"),
     Case(
