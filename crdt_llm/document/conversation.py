@@ -72,7 +72,7 @@ LEASES: Final = "leases"
 ENTRIES: Final = "entries"
 ROOTS: Final = (META, ACCESS, LEASES, ENTRIES)
 
-_STRUCTURAL: Final = frozenset({"born", "place", "state", "stop", "redacted"})
+_STRUCTURAL: Final = frozenset({"born", "place", "state", "stop", "redacted", "reads"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +320,8 @@ class Conversation:
         self._seal_client_id = seal_client_id
         self._seal: Doc[Any] | None = None
         self._born: dict[str, Born] = {}
+        self._reads: dict[str, tuple[str, ...]] = {}
+        self._redacted: set[str] = set()
         # Asking the library costs ten times an answer kept here, and the checks of each streamed
         # token ask often. Both are forgotten when a change touches what they say.
         self._handles: dict[str, Any] = {}  # of entries
@@ -388,12 +390,20 @@ class Conversation:
     def _refresh(self, entry: str) -> None:
         fields = self._fields(entry)
         born = read_born(fields["born"]) if fields is not None and "born" in fields else None
+        redacted = fields is not None and _is_redaction(fields)
+        (self._redacted.add if redacted else self._redacted.discard)(entry)
+        reads = None if fields is None else read_strings(normalise(fields.get("reads")))
         if fields is None or born is None:
             self._born.pop(entry, None)
+            self._reads.pop(entry, None)
             self.tree.drop(entry)
             return
         self._born[entry] = born
         slot = born.role is Role.ASSISTANT
+        if slot and reads is not None:
+            self._reads[entry] = reads
+        else:
+            self._reads.pop(entry, None)
         place = read_place(fields["place"]) if "place" in fields else None
         state = read_state(fields["state"]) if slot and "state" in fields else None
         self.tree.put(
@@ -406,7 +416,7 @@ class Conversation:
                 parent=None if place is None else place.parent,
                 epoch=0 if place is None else place.epoch,
                 ended=state in ENDED
-                or _is_redaction(fields)
+                or redacted
                 or (slot and "stop" in fields and isinstance(fields["stop"], str)),
             )
         )
@@ -586,6 +596,14 @@ class Conversation:
     def born(self, entry: str) -> Born | None:
         """An entry's ``born``, or ``None`` if there is no such well-formed entry. O(1)."""
         return self._born.get(entry)
+
+    def reads(self, slot: str) -> tuple[str, ...] | None:
+        """The entries that a slot says it was answered from. O(1)."""
+        return self._reads.get(slot)
+
+    def is_redacted(self, entry: str) -> bool:
+        """Whether an entry was withdrawn. O(1)."""
+        return entry in self._redacted
 
     def born_plain(self, entry: str) -> dict[str, Any]:
         """An entry's ``born`` as plain values, every key of it: what the chain commits to."""

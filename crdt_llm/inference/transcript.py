@@ -1,25 +1,28 @@
 """A path of the tree as token ids: what the model has read, entry by entry.
 
 This module owns the mapping from entries to *segments*, the ids that an entry adds to a prompt,
-once and for all. A segment depends on its entry and on how its parent ended, never on anything
-else, so the prompt of a path is the prompt of its parent plus one segment. It must not know
-engines: a segment is the same whatever computes it. All of it is derived: it can be dropped at any
-moment and comes back from the document.
+once and for all. A segment depends on its entry and on how the one that is read before it ended,
+never on anything else, so a prompt that goes on costs one segment. Which entries are read, and in
+which order, :mod:`crdt_llm.document.reading` says. It must not know engines: a segment is the same
+whatever computes it. All of it is derived: it can be dropped at any moment and comes back from the
+document.
 """
 
 from __future__ import annotations
 
 import asyncio
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
+from crdt_llm.document.reading import is_withdrawn, read, read_of
 from crdt_llm.document.schema import ROOT, Role
 from crdt_llm.document.seal import Hidden, Kind, place_of
 from crdt_llm.errors import BadProof, PromptTooLong
 from crdt_llm.inference.prompt import REDACTED_TEXT, ParentTail
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from crdt_llm.document.conversation import Conversation
     from crdt_llm.document.schema import Entry
@@ -54,7 +57,9 @@ class Transcript:
         self._conversation = conversation
         self._renderer = renderer
         self._sealer = sealer
-        self._segments: dict[tuple[str, str], tuple[int, ...]] = {}
+        # entry -> what is read before it -> ids. What is pending may still come to stand behind
+        # another entry, and render differently.
+        self._segments: dict[str, dict[str, tuple[int, ...]]] = {}
         self._hidden: dict[str, Hidden] = {}
         self._roots_at_ms: dict[str, int] = {}
 
@@ -68,7 +73,17 @@ class Transcript:
     def keep(self, reply: str, hidden: Hidden) -> None:
         """Remember a reply that ended here, so that it need not be opened again."""
         self._hidden[reply] = hidden
-        self._segments.pop(self._key(reply), None)
+        self._segments.pop(reply, None)
+
+    # -- what is read --------------------------------------------------------------------------
+
+    def reading(self, entry: str) -> tuple[str, ...]:
+        """The entries that the model reads of a path, in order."""
+        return read(self._conversation, entry).entries
+
+    def reading_of(self, slot: str, parent: str) -> tuple[str, ...]:
+        """The entries that a slot behind ``parent`` is answered from."""
+        return read_of(self._conversation, slot, parent)
 
     # -- replies -------------------------------------------------------------------------------
 
@@ -111,81 +126,107 @@ class Transcript:
             self._roots_at_ms[entry.id] = at_ms
         return at_ms
 
-    def opening(self, slot: Entry, parent: str) -> tuple[int, ...]:
-        """The ids that stand between the path to ``parent`` and a reply's first sampled id."""
+    def opening(
+        self, slot: Entry, parent: str, reading: Sequence[str] | None = None
+    ) -> tuple[int, ...]:
+        """The ids that stand between a prompt and a reply's first sampled id.
+
+        Args:
+            slot: the slot.
+            parent: the entry that it stands behind in the tree.
+            reading: what it reads; by default what its parent's path says.
+        """
+        reading = self.reading(parent) if reading is None else reading
+        before = reading[-1] if reading else ROOT
+        return self._opening(slot, parent, before)
+
+    def _opening(self, slot: Entry, parent: str, before: str) -> tuple[int, ...]:
         return self._renderer.reply_opening(
-            is_root=parent == ROOT,
+            is_root=before == ROOT,
             root_at_ms=self._root_at_ms(parent, slot),
-            parent=self._tail(parent),
+            parent=self._tail(before),
             extend=slot.born.params.extend,
         )
 
-    def segment(self, name: str) -> tuple[int, ...]:
-        """The ids that an entry adds to the prompt, behind its ``up``. A reply must have ended.
+    def segment(self, name: str, before: str | None = None) -> tuple[int, ...]:
+        """The ids that an entry adds to the prompt. A reply must have ended.
+
+        Args:
+            name: the entry.
+            before: the entry that is read before it; its ``up`` by default.
 
         Raises:
             BadProof: it cannot be read.
         """
-        key = self._key(name)
-        known = self._segments.get(key)
+        before = self._conversation.tree.up(name) if before is None else before
+        known = self._segments.get(name, {}).get(before)
         if known is None:
-            known = self._segments[key] = self._plan(name)()
+            known = self._plan(name, before)()
+            self._segments.setdefault(name, {})[before] = known
         return known
 
-    def _key(self, name: str) -> tuple[str, str]:
-        # What is pending may still come to stand behind another entry, and render differently.
-        return name, self._conversation.tree.up(name)
+    def draft(self, content: str, before: str) -> tuple[int, ...]:
+        """The ids that a user's entry with this text would add behind ``before``. Not kept."""
+        tree = self._conversation.tree
+        first = self._conversation.born(tree.path(before)[0]) if before != ROOT else None
+        return self._renderer.segment(
+            role=Role.USER.value,
+            content=content,
+            is_root=before == ROOT,
+            root_at_ms=0 if first is None else first.at,
+            parent=self._tail(before),
+        )
 
-    def _plan(self, name: str) -> Callable[[], tuple[int, ...]]:
+    def _plan(self, name: str, before: str) -> Callable[[], tuple[int, ...]]:
         """What makes a segment: everything is read now, and encoded when it is called."""
         entry = self._conversation.entry(name)
         if entry is None:
             raise BadProof(f"entry {name} cannot be read any more")
         parent = self._conversation.tree.up(name)
-        content = REDACTED_TEXT if entry.redacted else entry.content
+        withdrawn = is_withdrawn(self._conversation, name)
+        content = REDACTED_TEXT if withdrawn else entry.content
         if entry.born.role is Role.ASSISTANT:
             hidden = None if entry.redacted else self.hidden(entry)
             if hidden is not None:
                 ids = hidden.ids
                 return lambda: ids
-            opening = self.opening(entry, parent)
+            opening = self._opening(entry, parent, before)
             return lambda: (*opening, *self._renderer.reply_text(content))
         return partial(
             self._renderer.segment,
             role=entry.born.role.value,
             content=content,
-            is_root=parent == ROOT,
+            is_root=before == ROOT,
             root_at_ms=self._root_at_ms(parent, entry),
-            parent=self._tail(parent),
+            parent=self._tail(before),
         )
 
     async def load(self, entry: str, limit: int) -> bool:
-        """Make the segments of a path, a few at a time, large texts in a thread.
+        """As :meth:`load_reading`, of what is read of the path that ends in ``entry``."""
+        return await self.load_reading(self.reading(entry), limit)
+
+    async def load_reading(self, reading: Sequence[str], limit: int) -> bool:
+        """Make the segments of a reading, a few at a time, large texts in a thread.
 
         Args:
-            entry: where the path ends.
-            limit: tokens; the rest of a longer path is not looked at.
+            reading: the entries, in the order in which they are read.
+            limit: tokens; the rest of a longer reading is not looked at.
 
         Returns:
             Whether it waited in between. Then the document may have changed, and whoever decided
             something before should decide anew; calling again goes on where this call stopped.
 
         Raises:
-            PromptTooLong: the path has more tokens than ``limit``.
-            BadProof: something on it cannot be read.
+            PromptTooLong: there are more tokens than ``limit``.
+            BadProof: something cannot be read.
         """
         tokens = made = 0
-        for name in self._conversation.tree.path(entry):
-            if self._key(name) not in self._segments:
+        for before, name in pairwise((ROOT, *reading)):
+            if before not in self._segments.get(name, ()):
                 made += 1
-                text = self._conversation.text(name)
-                if len(text) >= OFFLOAD_CHARACTERS_MIN:
-                    await self._encode_aside(name)
+                if await self._make(name, before, made):
                     return True
-                if made > SEGMENTS_PER_TURN_MAX:
-                    await asyncio.sleep(0)
-                    return True
-            tokens += len(self.segment(name))
+            tokens += len(self.segment(name, before))
             if tokens > limit:
                 raise PromptTooLong(
                     f"the conversation has more than {limit} tokens here, and the model no more "
@@ -193,17 +234,47 @@ class Transcript:
                 )
         return False
 
+    async def _make(self, name: str, before: str, made: int) -> bool:
+        """Make one segment where that may take long; says whether others were let go on."""
+        if len(self._conversation.text(name)) >= OFFLOAD_CHARACTERS_MIN:
+            await self._encode_aside(name, before)
+            return True
+        if made > SEGMENTS_PER_TURN_MAX:
+            await asyncio.sleep(0)
+            return True
+        return False
+
     def ids(self, entry: str) -> tuple[int, ...]:
-        """The prompt of a path: every segment from the root to ``entry``."""
-        path = self._conversation.tree.path(entry)
-        return tuple(token for name in path for token in self.segment(name))
+        """The prompt of what is read of the path that ends in ``entry``."""
+        return self.ids_of(self.reading(entry))
 
-    async def _encode_aside(self, name: str) -> None:
-        segments, key = self._segments, self._key(name)
-        ids = await asyncio.to_thread(self._plan(name))
-        segments[key] = ids  # goes nowhere if `forget` put others in their place meanwhile
+    def ids_of(self, reading: Sequence[str]) -> tuple[int, ...]:
+        """The prompt of a reading: every segment in order."""
+        pairs = pairwise((ROOT, *reading))
+        return tuple(token for before, name in pairs for token in self.segment(name, before))
 
-    def opened(self, slot: Entry, parent: str) -> Hidden:
-        """A reply's hidden state before its first id was sampled."""
-        opening = self.opening(slot, parent)
+    def spans(self, reading: Sequence[str]) -> tuple[tuple[str, int], ...]:
+        """The entries of a reading with the number of their tokens."""
+        pairs = pairwise((ROOT, *reading))
+        return tuple((name, len(self.segment(name, before))) for before, name in pairs)
+
+    def known_ids(self, reading: Sequence[str]) -> tuple[int, ...] | None:
+        """As :meth:`ids_of`, of what was rendered before; ``None`` if any of it was not."""
+        ids: list[int] = []
+        for before, name in pairwise((ROOT, *reading)):
+            known = self._segments.get(name, {}).get(before)
+            if known is None:
+                return None
+            ids += known
+        return tuple(ids)
+
+    async def _encode_aside(self, name: str, before: str) -> None:
+        segments = self._segments
+        ids = await asyncio.to_thread(self._plan(name, before))
+        # Goes nowhere if `forget` put others in their place meanwhile.
+        segments.setdefault(name, {})[before] = ids
+
+    def opened(self, slot: Entry, parent: str, reading: Sequence[str] | None = None) -> Hidden:
+        """A reply's hidden state before its first id was sampled; see :meth:`opening`."""
+        opening = self.opening(slot, parent, reading)
         return Hidden(ids=opening, kinds=(Kind.INJECTED,) * len(opening))
