@@ -346,6 +346,53 @@ def export(
     )
 
 
+@app.command(cls=Command, epilog="Example: crdt-llm conformance http://127.0.0.1:8765/")
+def conformance(
+    url: Annotated[str, typer.Argument(metavar="URL", help="The endpoint's address.")],
+    token_file: _TokenFile = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Run this case; repeat it for several.", show_default=False),
+    ] = None,
+    crash: Annotated[
+        str | None,
+        typer.Option(
+            help="A shell command that kills the endpoint and starts it again; without it those"
+            " cases are skipped.",
+            show_default=False,
+        ),
+    ] = None,
+    deadline: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that anything may take.")
+    ] = 20.0,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write the results to this file, as JSON.", show_default=False),
+    ] = None,
+    json: _Json = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Try whether an endpoint keeps the protocol's promises, case by case.
+
+    It makes conversations of its own and leaves others alone. Exits with 1 if a promise is broken.
+    """
+    from crdt_llm.cli.conformance import run_conformance  # noqa: PLC0415 - see the docstring
+    from crdt_llm.cli.folders import DataFolder  # noqa: PLC0415 - as above
+
+    _log(verbose=verbose)
+    _exit(
+        run_conformance(
+            url,
+            token_file=token_file or DataFolder.named(None).token,
+            only=only or (),
+            crash=crash,
+            deadline_s=deadline,
+            report=report,
+            json=json,
+        )
+    )
+
+
 @model_app.command(cls=Command, epilog="Example: crdt-llm model fetch")
 def fetch(
     name: Annotated[

@@ -26,6 +26,7 @@ COMMANDS = (
     "inspect",
     "replay",
     "export",
+    "conformance",
     "model fetch",
     "token issue",
     "token list",

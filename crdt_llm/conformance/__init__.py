@@ -1,0 +1,1 @@
+"""A suite that anyone can run against any endpoint of the protocol."""

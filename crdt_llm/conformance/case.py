@@ -1,0 +1,188 @@
+"""What a case is, and the world that it runs in.
+
+This module owns the form of a case and what cases share: devices that are let go at the end, a
+second principal, a way to crash the endpoint. It must not know any particular case.
+"""
+
+from __future__ import annotations
+
+import enum
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from crdt_llm.conformance.connection import Broken, Native
+from crdt_llm.conformance.device import Device
+from crdt_llm.document.schema import State
+from crdt_llm.errors import ConnectionLost
+from crdt_llm.sync.frames import Ack, Answer, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from crdt_llm.conformance.connection import Endpoint
+    from crdt_llm.document.conversation import Conversation
+    from crdt_llm.document.schema import Grant
+
+
+class Need(enum.StrEnum):
+    """What a case cannot do without."""
+
+    NODE = "an inference node that answers"
+    CRASH = "a command that kills the endpoint and starts it again (--crash)"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One promise of the protocol.
+
+    Attributes:
+        id: Short and stable.
+        promise: What must hold.
+        report: What users of message-passing APIs report where it does not.
+        run: Returns if it holds, raises :class:`Broken` if not.
+        needs: Without these it is skipped.
+    """
+
+    id: str
+    promise: str
+    report: str
+    run: Callable[[World], Awaitable[None]]
+    needs: frozenset[Need] = frozenset()
+
+
+@dataclass(slots=True)
+class World:
+    """What one case has.
+
+    Attributes:
+        endpoint: Where to connect, and as whom.
+        principal: Whom the token stands for.
+        relay: The relay's public key.
+        crash: Kills the endpoint and starts it again, if that can be done.
+    """
+
+    endpoint: Endpoint
+    principal: str
+    relay: bytes
+    crash: Callable[[], Awaitable[None]] | None = None
+    _devices: list[Device] = field(default_factory=list)
+    _wires: list[Native] = field(default_factory=list)
+
+    def device(self, name: str = "first") -> Device:
+        """A device that begins a conversation, not connected yet."""
+        return self.kept(
+            Device.born(
+                self.endpoint, principal=self.principal, token=self.endpoint.token, name=name
+            )
+        )
+
+    def kept(self, device: Device) -> Device:
+        """Let a device go at the end of the case."""
+        self._devices.append(device)
+        return device
+
+    def another(self, device: Device, name: str, *, state: bytes | None = None) -> Device:
+        """Another device of the same person."""
+        return self.kept(device.another(name, state=state))
+
+    async def pair(self) -> tuple[Device, Device]:
+        """Two connected devices of one conversation."""
+        first = self.device()
+        await first.connect()
+        second = self.another(first, "second")
+        await second.connect()
+        return first, second
+
+    async def native(self) -> Native:
+        """A bare connection that has said nothing yet."""
+        wire = await Native.connect(self.endpoint)
+        self._wires.append(wire)
+        return wire
+
+    async def guest(self, owner: Device, role: Grant, name: str = "guest") -> Device:
+        """Somebody else who was invited into an owner's conversation; not connected yet."""
+        values = await request(owner, "invite", {"conversation": owner.id, "role": str(role)})
+        principal, token = values.get("principal"), values.get("token")
+        if not isinstance(principal, str) or not isinstance(token, str):
+            raise Broken("an invitation has a principal and a token")
+        verdict = await owner.write(lambda writer: writer.grant(principal, role))
+        if not isinstance(verdict, Ack):
+            raise Broken(f"an owner may give rights: {verdict.reason}")
+        device = Device(self.endpoint, owner.id, principal=principal, token=token, name=name)
+        return self.kept(device)
+
+    async def close(self) -> None:
+        """Let everything go."""
+        for device in self._devices:
+            with suppress(ConnectionLost):
+                await device.close()
+        for wire in self._wires:
+            await wire.close()
+
+
+async def request(device: Device, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Ask the endpoint for something that is no write.
+
+    Raises:
+        Broken: It says no.
+    """
+    answer = await requested(device, name, arguments)
+    if answer.values is None:
+        raise Broken(f"{name} was refused: {answer.code} {answer.reason}")
+    return dict(answer.values)
+
+
+async def requested(device: Device, name: str, arguments: dict[str, Any]) -> Answer:
+    """Ask, and hear what comes of it."""
+    wire = device.wire
+    if wire is None:
+        raise Broken("not connected: the case is wrong")
+    number = wire.next_id()
+    await wire.send(Request(number, name, arguments))
+    return await wire.expect(Answer, lambda answer: answer.id == number)
+
+
+def require(holds: object, what: str) -> None:
+    """Say what does not hold.
+
+    Raises:
+        Broken: It does not.
+    """
+    if not holds:
+        raise Broken(what)
+
+
+def same(devices: Sequence[Device]) -> None:
+    """All devices hold one and the same document.
+
+    Raises:
+        Broken: They do not.
+    """
+    first = devices[0].facts()
+    for device in devices[1:]:
+        for key, value in device.facts().items():
+            require(
+                value == first[key],
+                f"{device.name} and {devices[0].name} differ in their {key}",
+            )
+
+
+def ended(slot: str) -> Callable[[Conversation], bool]:
+    """Whether a reply has come to its end."""
+
+    def holds(replica: Conversation) -> bool:
+        entry = replica.entry(slot)
+        return entry is not None and entry.ended
+
+    return holds
+
+
+def begun(slot: str, characters: int = 1) -> Callable[[Conversation], bool]:
+    """Whether a reply has so much text."""
+    return lambda replica: slot in replica.tree and len(replica.text(slot)) >= characters
+
+
+def streams(slot: str, replica: Conversation) -> bool:
+    """Whether a reply is under way now."""
+    return replica.state(slot) is State.STREAMING
