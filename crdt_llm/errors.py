@@ -23,6 +23,7 @@ what happened and what to do. Details belong in ``__cause__`` and in the log.
     * :exc:`EngineDied` - the engine's process ended
     * :exc:`EngineBusy` - the engine has no room for another request or its KV
     * :exc:`ConnectionLost` - the socket closed
+    * :exc:`Behind` - the relay waits for a replica that has what it lost
     * :exc:`Stopping` - this process is shutting down
 
   * :exc:`Corrupt` - bytes on disk are not what was written
@@ -111,6 +112,10 @@ class ConnectionLost(Unavailable):
         super().__init__(message)
         self.code = code
         self.reason = reason
+
+
+class Behind(Unavailable):  # noqa: N818 - as above
+    """The relay lost something that was admitted; it waits for a replica that has it."""
 
 
 class Stopping(Unavailable):

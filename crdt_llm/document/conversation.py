@@ -64,6 +64,7 @@ EMPTY_UPDATE: Final = b"\x00\x00"
 EMPTY_STATE_VECTOR: Final = b"\x00"
 CLIENT_ID_BITS: Final = 32  # what every Yjs implementation holds exactly
 
+EPOCH_DIGITS_MAX: Final = 16  # of what JavaScript holds exactly
 HANDLES_MAX: Final = 256  # kept entries: more than ever stream at once, less than a long document
 
 META: Final = "meta"
@@ -575,6 +576,11 @@ class Conversation:
         plain: dict[str, str] = self._roots[ACCESS].to_py() or {}
         return plain
 
+    def epochs(self) -> tuple[int, ...]:
+        """The epochs that the document has a lease of, in no order."""
+        named = [text for text in self._roots[LEASES] if text.isdecimal() and text.isascii()]
+        return tuple(int(text) for text in named if len(text) <= EPOCH_DIGITS_MAX)
+
     def lease(self, epoch: int) -> tuple[bytes, bytes] | None:
         """The node's public key and the relay's signature under an epoch."""
         value = normalise(self._roots[LEASES].get(str(epoch)))
@@ -631,6 +637,12 @@ class Conversation:
         """Whether an entry carries a field."""
         fields = self._fields(entry)
         return fields is not None and field in fields
+
+    def plain(self, entry: str, field: str) -> Any:
+        """A field's plain value; ``None`` without the field, and for shared types."""
+        fields = self._fields(entry)
+        value = fields[field] if fields is not None and field in fields else None
+        return None if _kind(value) else normalise(value)
 
     def kind(self, entry: str, field: str) -> str | None:
         """The shared type that holds a field, as in :class:`Edit`; ``None`` without the field."""

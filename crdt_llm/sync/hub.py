@@ -22,6 +22,7 @@ from crdt_llm.errors import (
     Stopping,
     Unavailable,
 )
+from crdt_llm.store.register import MemoryRegister
 from crdt_llm.sync.room import Peer, Room, Submission
 from crdt_llm.sync.verdict import (
     NO_SUCH_CONVERSATION,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from crdt_llm.errors import CrdtLlmError
     from crdt_llm.store.log import Stored, UpdateLog
+    from crdt_llm.store.register import Register
     from crdt_llm.sync.room import Delivery
     from crdt_llm.sync.verdict import Verdict
     from crdt_llm.sync.wire import AwarenessState
@@ -180,18 +182,26 @@ class Hub:
         log: Where conversations are durable. It stays open; closing it is the caller's.
         clock: Seconds, monotonic.
         random: Random bytes.
+        register: Where what must outlive the log is durable; it stays open too. ``None`` keeps it
+            in memory, and then whoever is let in as a node may write as one.
+        relay_key: The relay's public key, that leases are signed with.
     """
 
     def __init__(
         self,
         log: UpdateLog,
         *,
+        register: Register | None = None,
+        relay_key: bytes | None = None,
         clock: Callable[[], float] = time.monotonic,
         random: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self._log = log
         self._clock = clock
         self._random = random
+        self._register: Register = MemoryRegister() if register is None else register
+        self._keeps_leases = register is not None
+        self._relay_key = relay_key
         self._rooms: dict[str, Room] = {}  # the least recently entered first
         self._ending: set[asyncio.Task[None]] = set()
         self._damaged: dict[str, str] = {}
@@ -283,6 +293,9 @@ class Hub:
                 random=self._random,
                 committed=self._tell,
                 ended=self._forget,
+                register=self._register,
+                keeps_leases=self._keeps_leases,
+                relay_key=self._relay_key,
             )
         self._rooms[conversation] = room
         return room

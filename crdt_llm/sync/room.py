@@ -6,7 +6,8 @@ whoever takes part is a :class:`Peer`, whatever wire it hangs on.
 
 A room is one actor: one task, and turns. A turn is
 
-    take a batch -> check each update -> one commit -> deliver, settle -> let in -> answer
+    take a batch -> check each update -> one commit -> the register -> deliver, settle
+    -> grant leases -> let in -> answer
 
 Invariants:
 
@@ -20,6 +21,11 @@ I4. An update is checked by its structure before the replica sees it, and by its
     what this turn had accepted before.
 I5. If a commit fails, or the log cannot be read, the room ends: every peer is told to try again,
     and whoever comes next gets a room that was loaded anew.
+I6. The register follows the log: what a commit changed of its facts is durable there before
+    anything of the turn is handed out. A token of a reply changes none.
+I7. An epoch is durable in the register before anybody hears of it, and it changes between turns:
+    what a node wrote before it lost the lease and what it wrote after are told apart by nothing
+    but the order of this room.
 
 Backpressure: a peer has a bounded number of updates without a verdict and waits for room beyond.
 Peers take turns within a batch, so that one that floods does not keep the others of its
@@ -32,21 +38,27 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from crdt_llm.document import rules
+from crdt_llm.document.chain import lease_message
 from crdt_llm.document.conversation import (
     ACCESS,
     EMPTY_STATE_VECTOR,
     EMPTY_UPDATE,
+    LEASES,
     META,
     ROOTS,
     Conversation,
 )
+from crdt_llm.document.keys import verify
 from crdt_llm.document.rules import Author
 from crdt_llm.document.updates import merge
 from crdt_llm.errors import (
+    BadProof,
+    Behind,
     Corrupt,
     CrdtLlmError,
     Forbidden,
@@ -57,7 +69,9 @@ from crdt_llm.errors import (
     Stopping,
     StoreFailed,
     TooLarge,
+    Unavailable,
 )
+from crdt_llm.sync import ledger
 from crdt_llm.sync.awareness import Awareness
 from crdt_llm.sync.structure import (
     DOCUMENT_LIMITS,
@@ -76,6 +90,7 @@ if TYPE_CHECKING:
     from crdt_llm.document.conversation import Change
     from crdt_llm.document.schema import Grant
     from crdt_llm.store.log import UpdateLog
+    from crdt_llm.store.register import Register, Row
     from crdt_llm.sync.structure import Limits, Missing
     from crdt_llm.sync.verdict import Verdict
     from crdt_llm.sync.wire import AwarenessState
@@ -205,7 +220,8 @@ class _Seat:
     """What a room keeps of a peer."""
 
     peer: Peer
-    queue: deque[Submission] = field(default_factory=deque)
+    # With who the peer was at the time: what a node wrote under a lease stays written under it.
+    queue: deque[tuple[Submission, Author]] = field(default_factory=deque)
     unsettled: int = 0
     unsettled_bytes: int = 0
     has_space: asyncio.Event = field(default_factory=asyncio.Event)
@@ -231,9 +247,15 @@ _ACCEPTED: Final = Committed(0)  # a promise; what is handed out names the LSN o
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What an update's structure says, given what is known."""
+    """What an update's structure says, given what is known.
 
-    ends: Mapping[int, int]
+    Attributes:
+        fresh: The clients that it has new clocks of, and the first clock after those.
+        missing: What it builds on that is not known.
+        brings: Whether it may change anything.
+    """
+
+    fresh: Mapping[int, int]
     missing: Missing | None
     brings: bool
 
@@ -252,7 +274,8 @@ def _look_at(update: bytes, limits: Limits, known: Mapping[int, int]) -> _Look:
             if isinstance(item.parent, str) and item.parent not in ROOTS:
                 raise Refused("schema", f"a conversation has no root {item.parent[:50]!r}")
     missing = find_gap(structure, known)
-    return _Look(structure.ends, missing, missing is None and brings(structure, known))
+    fresh = {client: end for client, end in structure.ends.items() if end > known.get(client, 0)}
+    return _Look(fresh, missing, missing is None and brings(structure, known))
 
 
 class _Dirty(Exception):  # noqa: N818 - a signal inside this module
@@ -273,6 +296,9 @@ class Room:
         random: Random bytes, for the replica's client id.
         committed: Called after every commit.
         ended: Called once, with the reason, when the room takes nobody in any more.
+        register: Where its facts are durable beside the log.
+        keeps_leases: Whether a node must hold the lease to write.
+        relay_key: The relay's public key, that leases are signed with; ``None`` to believe any.
     """
 
     def __init__(  # noqa: PLR0913 - everything outside is an argument
@@ -284,6 +310,9 @@ class Room:
         random: Callable[[int], bytes],
         committed: Callable[[str], None],
         ended: Callable[[Room, CrdtLlmError], None],
+        register: Register,
+        keeps_leases: bool = False,
+        relay_key: bytes | None = None,
     ) -> None:
         self.id = conversation
         self.awareness = Awareness(clock)
@@ -294,6 +323,15 @@ class Room:
         self._random = random
         self._committed = committed
         self._ended = ended
+        self._register = register
+        self._keeps_leases = keeps_leases
+        self._relay_key = relay_key
+        self._row: Row | None = None  # as it is durable; None before there is a birth
+        self._clients: dict[int, str] = {}  # client id -> whose it is, what is accepted included
+        self._bound = False  # a client id was bound since the row was saved
+        self._behind: tuple[str, ...] = ()  # tips that the register has and the document lacks
+        self._is_restoring = False  # the log lost something, and no lease was granted since
+        self._granting: deque[tuple[bytes, asyncio.Future[int]]] = deque()
         self._replica: Conversation | None = None
         self._known: dict[int, int] = {}  # the replica's state vector
         self._document_bytes = 0  # at least the size of the document
@@ -366,7 +404,7 @@ class Room:
             return
         seat.unsettled += 1
         seat.unsettled_bytes += size
-        seat.queue.append(submission)
+        seat.queue.append((submission, submission.peer.author))
         self._stand_in_line(seat)
 
     def ask(self, peer: Peer) -> None:
@@ -404,6 +442,40 @@ class Room:
     def grant_of(self, author: Author) -> Grant | None:
         """What somebody may do here as things are. Only between turns (I1)."""
         return author.bounded(self._settled_replica().grant_of(author.principal))
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the lease that was granted last; 0 before the first one."""
+        return self._row.epoch if self._row is not None else 0
+
+    @property
+    def behind(self) -> tuple[str, ...]:
+        """Admitted entries that were lost; while there are any, no lease is granted."""
+        return self._behind
+
+    async def grant_epoch(self, node_key: bytes) -> int:
+        """Give a node the right to act here, and fence off the one before.
+
+        Whoever is granted the lease is another's to say; here it gets its number. The number stays
+        as long as the holder does; it grows with every other one, and with the first one after a
+        loss of the log. It is durable before this returns, and every update that is checked
+        afterwards must have been written under it.
+
+        Args:
+            node_key: The node's public key, 32 bytes.
+
+        Raises:
+            Behind: Something that was admitted is lost, and a replica that has it must come first.
+            Unavailable: There is no birth yet, the register failed, or the room ended meanwhile.
+        """
+        if self._over is not None:
+            raise self._over.with_traceback(None)
+        if self._stopping:
+            raise Stopping("the conversation is being closed: come back soon")
+        granting: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._granting.append((node_key, granting))
+        self._wake.set()
+        return await granting
 
     # -- for the hub ---------------------------------------------------------------------------
 
@@ -453,6 +525,11 @@ class Room:
             if not entering.done():
                 entering.set_exception(error)
         self._entering.clear()
+        for _, granting in self._granting:
+            if not granting.done():
+                granting.set_exception(error)
+                granting.exception()  # whoever waits hears of it
+        self._granting.clear()
         seats, self._seats = tuple(self._seats.values()), {}
         for seat in seats:
             self._let_go(seat, error)
@@ -464,9 +541,12 @@ class Room:
             await self._check_batch(batch)
             if batch.accepted:
                 await self._commit(batch)
+                await self._note(batch)
         finally:
             self._in_turn = False
         self._hand_out(batch)
+        if self._granting:
+            await self._grant_epochs()
         self._let_in()
         self._give_answers()
         if batch.accepted:
@@ -488,11 +568,13 @@ class Room:
         taken_bytes = 0
         while self._line:
             seat = self._line.popleft()
-            submission = seat.queue.popleft()
+            submission, author = seat.queue.popleft()
             seat.is_ready = False
             if seat.queue:
                 self._stand_in_line(seat)
-            verdict = None if seat in batch.refused else await self._judge(seat, submission, batch)
+            verdict = None
+            if seat not in batch.refused:
+                verdict = await self._judge(seat, submission, author, batch)
             batch.settled.append((seat, submission, verdict))
             if isinstance(verdict, Denied):
                 principal, why = submission.peer.author.principal, reason_of(verdict.error)
@@ -507,7 +589,9 @@ class Room:
             ):
                 break
 
-    async def _judge(self, seat: _Seat, submission: Submission, batch: _Batch) -> Verdict:
+    async def _judge(
+        self, seat: _Seat, submission: Submission, author: Author, batch: _Batch
+    ) -> Verdict:
         """I4. ``Committed`` is promised here and true after the commit."""
         limits = DOCUMENT_LIMITS if submission.is_document else TRANSACTION_LIMITS
         try:
@@ -516,6 +600,7 @@ class Room:
                 look = await asyncio.to_thread(_look_at, submission.update, limits, self._known)
             else:
                 look = _look_at(submission.update, limits, self._known)
+            self._check_clients(look.fresh, author)
         except (Refused, MalformedMessage) as error:
             return Denied(error)
         if look.missing is not None:
@@ -523,24 +608,36 @@ class Room:
         if not look.brings:
             return Known()
         try:
-            change = self._apply(submission)
+            change = self._apply(submission, author)
         except _Dirty as dirty:
             await self._rebuild(batch.updates)
             return dirty.verdict
-        for client, end in look.ends.items():
-            self._known[client] = max(end, self._known.get(client, 0))
+        self._known.update(look.fresh)
         if change.is_empty:
             return Known()
+        for client in look.fresh:
+            if client not in self._clients:
+                self._clients[client] = _owner_of_clients(author)
+                self._bound = True
         self._document_bytes += len(change.update)
         batch.accepted.append((seat, change))
         return _ACCEPTED
 
-    def _apply(self, submission: Submission) -> Change:
+    def _check_clients(self, fresh: Iterable[int], author: Author) -> None:
+        """Whose a client id is was settled by its first accepted use."""
+        own = _owner_of_clients(author)
+        for client in fresh:
+            if self._clients.get(client, own) != own or client == self._loaded_replica().client_id:
+                raise Refused("forged-client", f"client id {client} is somebody else's")
+
+    def _apply(self, submission: Submission, author: Author) -> Change:
         replica = self._loaded_replica()
+        epoch = self.epoch if self._keeps_leases else None
         try:
             change = replica.apply(submission.update)
-            rules.check(change, replica, conversation_id=self.id, author=submission.peer.author)
-            self._check_size(len(change.update), submission.peer.author)
+            rules.check(change, replica, conversation_id=self.id, author=author, epoch=epoch)
+            self._check_leases(change)
+            self._check_size(len(change.update), author)
         except Gap as error:
             raise _Dirty(Lacking(str(error))) from error
         except (Refused, MalformedMessage) as error:
@@ -552,6 +649,22 @@ class Room:
             logger.error("conversation %s: %s", self.id, one_line(error))  # noqa: TRY400 - one line
             raise _Dirty(Denied(Refused("unreadable", "this cannot be checked"))) from error
         return change
+
+    def _check_leases(self, change: Change) -> None:
+        """A lease that is recorded is the one that was granted: others verify proofs by it."""
+        if self._relay_key is None or not self._keeps_leases:
+            return
+        for edit in change.edits:
+            if edit.root == LEASES and self._row is not None:
+                node, signature = edit.new["node"], edit.new["signature"]
+                try:
+                    verify(
+                        self._relay_key, signature, lease_message(self.id, int(edit.key or 0), node)
+                    )
+                except BadProof as error:
+                    raise Refused("leases", "this relay has not signed that lease") from error
+                if node != self._row.holder:
+                    raise Refused("leases", "a node records the lease of its own key")
 
     def _check_size(self, added: int, author: Author) -> None:
         limit = DOCUMENT_BYTES_MAX - (0 if author.node else NODE_RESERVE_BYTES)
@@ -567,9 +680,63 @@ class Room:
 
     async def _load(self) -> None:
         self._in_turn = True
+        row = await self._register.load(self.id)
         await self._rebuild([])
+        replica = self._loaded_replica()
+        if row is None:
+            # The log is the relay's own, so it may be believed.
+            current = ledger.first_row(replica)
+        else:
+            self._clients = dict(row.clients)
+            self._behind = ledger.missing_tips(row, replica)
+            # A log that ends before what it is known to have held has lost its end.
+            cut = row.log_id != self._log.log_id or self.lsn < row.lsn
+            self._is_restoring = cut or bool(self._behind) or replica.id is None
+            current = row if self._is_restoring else ledger.reconciled(row, replica)
+        if current is not None and current is not row:
+            current = replace(current, log_id=self._log.log_id, lsn=self.lsn)
+            await self._register.save(current)
+        self._row = current
         self._in_turn = False
         self._wake.set()
+
+    async def _note(self, batch: _Batch) -> None:
+        """I6."""
+        replica, row = self._loaded_replica(), self._row
+        if row is None:
+            row = ledger.first_row(replica)
+        else:
+            for _, change in batch.accepted:
+                row = ledger.follow(row, change, replica)
+        if row is None or (row is self._row and not self._bound):
+            return
+        await self._save(replace(row, clients=MappingProxyType(dict(self._clients))))
+        self._bound = False
+
+    async def _save(self, row: Row) -> None:
+        if not self._is_restoring:
+            row = replace(row, log_id=self._log.log_id, lsn=self.lsn)
+        await self._register.save(row)
+        self._row = row
+
+    async def _grant_epochs(self) -> None:
+        """I7."""
+        while self._granting:
+            node_key, granting = self._granting[0]
+            row = self._row
+            if granting.done():  # nobody waits for it any more
+                pass
+            elif row is None or self._loaded_replica().id is None:
+                granting.set_exception(Unavailable("this conversation has no birth yet"))
+            elif self._behind:
+                granting.set_exception(Behind("a replica with what was lost must come first"))
+            else:
+                if row.holder != node_key or row.epoch == 0 or self._is_restoring:
+                    self._is_restoring = False
+                    await self._save(replace(row, epoch=row.epoch + 1, holder=node_key))
+                if not granting.done():
+                    granting.set_result(self.epoch)
+            self._granting.popleft()
 
     async def _rebuild(self, accepted: Sequence[bytes]) -> None:
         """Make the replica anew from the log and what this turn has accepted."""
@@ -720,6 +887,11 @@ class Room:
         if self._in_turn:
             raise LocalMisuse("a room's state was read while some of it was not durable")
         return self._loaded_replica()
+
+
+def _owner_of_clients(author: Author) -> str:
+    """Whose a client id is: a node's is no person's, whatever their names."""
+    return f"{'node' if author.node else 'person'} {author.principal}"
 
 
 def _touches_rights(change: Change) -> bool:

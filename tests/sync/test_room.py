@@ -333,7 +333,8 @@ async def test_a_conversation_has_a_largest_size(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(TooLarge):
         await owner.membership.submit(device.say("x" * 20_000))
     assert replayed([(await place.join()).membership.state]).texts == []
-    await node.membership.submit(device.written[-1])
+    its = replayed([node.membership.state, *node.heard])
+    await node.membership.submit(its.say("x" * 20_000))
     assert len(replayed([(await place.join()).membership.state]).texts) == 1
 
 
