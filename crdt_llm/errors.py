@@ -23,6 +23,7 @@ what happened and what to do. Details belong in ``__cause__`` and in the log.
     * :exc:`EngineDied` - the engine's process ended
     * :exc:`EngineBusy` - the engine has no room for another request or its KV
     * :exc:`ConnectionLost` - the socket closed
+    * :exc:`LeaseLost` - another node may act for the conversation now
     * :exc:`Behind` - the relay waits for a replica that has what it lost
     * :exc:`Stopping` - this process is shutting down
 
@@ -112,6 +113,10 @@ class ConnectionLost(Unavailable):
         super().__init__(message)
         self.code = code
         self.reason = reason
+
+
+class LeaseLost(Unavailable):
+    """A node's lease is over: what it wrote since is refused, and another node may act now."""
 
 
 class Behind(Unavailable):  # noqa: N818 - as above

@@ -52,6 +52,12 @@ class LocalSeat:
     deliver: Callable[[bytes], None]
     lost: Callable[[], None]
     state: bytes
+    node: bytes
+
+    async def lease(self) -> Lease:
+        await asyncio.sleep(0)  # as a register would
+        signature = RELAY_KEY.sign(lease_message(self.room.id, 1, self.node))
+        return Lease(1, self.node, signature)
 
     async def submit(self, update: bytes) -> None:
         await asyncio.sleep(0)  # as a commit would: others run meanwhile
@@ -73,6 +79,7 @@ class LocalRoom:
     replica: Conversation = field(init=False)
     birth: Birth = field(init=False)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    node: bytes = bytes(32)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -91,7 +98,8 @@ class LocalRoom:
         self, conversation: str, deliver: Callable[[bytes], None], lost: Callable[[], None]
     ) -> LocalSeat:
         assert conversation == self.id
-        seat = LocalSeat(self, Author("node", node=True), deliver, lost, self.replica.diff())
+        author = Author("node", node=True)
+        seat = LocalSeat(self, author, deliver, lost, self.replica.diff(), self.node)
         self.seats.append(seat)
         return seat
 
@@ -187,10 +195,6 @@ def identity_of(renderer: Renderer, model: str, seed: int = 0) -> Identity:
 RELAY_KEY = SigningKey(b"r" * 32)
 
 
-def grant_lease(conversation: str, node: bytes) -> Lease:
-    return Lease(1, node, RELAY_KEY.sign(lease_message(conversation, 1, node)))
-
-
 def make_node(
     room: LocalRoom,
     model_dir: Path,
@@ -210,10 +214,11 @@ def make_node(
 
     surroundings = Surroundings(
         take_seat=room.take_seat,
-        grant_lease=grant_lease,
         start_engine=start,
         clock_ms=clock,
         random=room.rng.randbytes,
         sleep=lambda _: asyncio.sleep(0),
     )
-    return Node(surroundings, renderer, vocabulary, identity_of(renderer, model))
+    identity = identity_of(renderer, model)
+    room.node = identity.key.public
+    return Node(surroundings, renderer, vocabulary, identity)

@@ -34,13 +34,18 @@ NODE: Final = "node"
 class RoomSeat:
     """The node's seat in a room of this process."""
 
-    def __init__(self, membership: Membership) -> None:
+    def __init__(self, membership: Membership, lease: Lease) -> None:
         self._membership = membership
+        self._lease = lease
 
     @property
     def state(self) -> bytes:
         """See :class:`~crdt_llm.inference.seat.Seat`."""
         return self._membership.state
+
+    async def lease(self) -> Lease:
+        """See :class:`~crdt_llm.inference.seat.Seat`."""
+        return self._lease
 
     async def submit(self, update: bytes) -> None:
         """See :class:`~crdt_llm.inference.seat.Seat`."""
@@ -74,15 +79,14 @@ def make_node(folder: DataFolder, hub: Hub, model_dir: Path) -> Node:
         membership = await hub.join(
             conversation, NODE, node=True, deliver=deliver, lost=lambda _: lost()
         )
-        return RoomSeat(membership)
-
-    def grant_lease(conversation: str, node: bytes) -> Lease:
-        return Lease(EPOCH, node, relay_key.sign(lease_message(conversation, EPOCH, node)))
+        node = node_key.public
+        signature = relay_key.sign(lease_message(conversation, EPOCH, node))
+        return RoomSeat(membership, Lease(EPOCH, node, signature))
 
     async def start_engine() -> Engine:
         return await EngineProcess.start(model_dir)
 
-    surroundings = Surroundings(take_seat, grant_lease, start_engine, now_ms, os.urandom)
+    surroundings = Surroundings(take_seat, start_engine, now_ms, os.urandom)
     sealer = Sealer(master, os.urandom)
     identity = Identity(node_key, sealer, os.urandom, str(model_dir.name), renderer.id)
     return Node(surroundings, renderer, vocabulary, identity)

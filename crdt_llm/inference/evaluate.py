@@ -6,7 +6,7 @@ nothing and knows no engine.
 
 The invariants that its branches cite:
 
-I1. Nothing is admitted without a lease.
+I1. Nothing is written without a lease, and none is taken before there is something to write.
 I2. Stop wins: a reply whose stop was asked for, or which was redacted, ends before anything else
     is done in the conversation.
 I3. Every placed reply ends with a proof: one that streams is running, is resumed, or is ended.
@@ -129,13 +129,14 @@ Action = Nothing | TakeLease | End | Mark | Resume | Admit | Request | Warm
 
 def evaluate(situation: Situation) -> Action:  # noqa: PLR0911 - one return an invariant
     """The next action. Pure and total; costs what is pending, not what was said before."""
+    waiting = bool(situation.tree.pending)
+    if not situation.leased:  # I1
+        left = waiting or situation.open or situation.unmarked or situation.unanswered
+        return TakeLease() if left else Nothing()
     if (ending := _to_end(situation)) is not None:  # I2
         return End(ending)
     if situation.unmarked:
         return Mark(situation.unmarked)
-    waiting = bool(situation.tree.pending)
-    if not situation.leased:  # I1
-        return TakeLease() if waiting or situation.open else Nothing()
     if situation.capacity:
         for slot in situation.open:
             if slot not in situation.running:  # I3

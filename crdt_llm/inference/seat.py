@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from crdt_llm.inference.engine import Engine
 
 
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to act as a conversation's node."""
+
+    epoch: int
+    node: bytes
+    signature: bytes
+
+
 class Seat(Protocol):
     """The node's membership in one conversation."""
 
@@ -24,17 +33,29 @@ class Seat(Protocol):
         """The document as it was when the seat was taken, as one update."""
         ...
 
+    async def lease(self) -> Lease:
+        """Ask for the conversation's lease; returns once this node has it.
+
+        That may take as long as another node is alive. To cancel the call is to want it no more.
+        A lease that ends takes its seat along: ``lost`` is called.
+
+        Raises:
+            Unavailable: the seat was lost meanwhile.
+        """
+        ...
+
     async def submit(self, update: bytes) -> None:
         """Commit an update. Returns once it is durable.
 
         Raises:
             Refused: it is against a rule.
-            Unavailable: it did not become durable.
+            Unavailable: it did not become durable; ``LeaseLost`` if this node is not the
+                conversation's any more.
         """
         ...
 
     async def leave(self) -> None:
-        """Give the seat back."""
+        """Give the seat back, and the lease with it."""
         ...
 
 
@@ -55,21 +76,11 @@ class TakeSeat(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Lease:
-    """The right to act as a conversation's node."""
-
-    epoch: int
-    node: bytes
-    signature: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class Surroundings:
     """Everything that the node takes from outside.
 
     Attributes:
         take_seat: joins a conversation.
-        grant_lease: gives the lease of a conversation for a node's public key.
         start_engine: starts the engine, anew after it died.
         clock_ms: wall time, for ``at`` and for what a reply cost.
         random: ids, salts, client ids: so many random bytes.
@@ -77,7 +88,6 @@ class Surroundings:
     """
 
     take_seat: TakeSeat
-    grant_lease: Callable[[str, bytes], Lease]
     start_engine: Callable[[], Awaitable[Engine]]
     clock_ms: Callable[[], int]
     random: Callable[[int], bytes]

@@ -20,6 +20,7 @@ from crdt_llm.errors import (
     BadProof,
     EngineBusy,
     EngineDied,
+    LeaseLost,
     PromptTooLong,
     RemoteMisuse,
     Unavailable,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from crdt_llm.document.conversation import Writer
-    from crdt_llm.document.schema import Proof
+    from crdt_llm.document.schema import Entry, Proof
     from crdt_llm.inference.engine import Engine
     from crdt_llm.inference.evaluate import (
         Action,
@@ -123,6 +124,8 @@ class Sitting:
         self._troubles = troubles
         self._cold: dict[str, None] = {}  # ends of paths to be read ahead, the oldest first
         self._warming: tuple[str, asyncio.Task[None]] | None = None
+        self._lease: Lease | None = None
+        self._asking: asyncio.Task[None] | None = None  # for the lease
         self._running: dict[str, Generation] = {}
         self._outcomes: dict[str, Outcome | None] = {}  # None: to be resumed
 
@@ -139,6 +142,11 @@ class Sitting:
             await self._finish(slot, outcome)
             return True
         action = evaluate(self._situation())
+        if isinstance(action, TakeLease) and self._lease is None:
+            self._ask_for_lease()
+            return False
+        if self._asking is not None and isinstance(action, Nothing):
+            self._asking.cancel()  # whoever has the lease did what there was to do
         await self._do(action)
         return not isinstance(action, Nothing)
 
@@ -147,6 +155,8 @@ class Sitting:
         tasks = [one.task for one in self._running.values() if one.task is not None]
         if self._warming is not None:
             tasks.append(self._warming[1])
+        if self._asking is not None:
+            tasks.append(self._asking)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -155,8 +165,8 @@ class Sitting:
 
     def _situation(self) -> Situation:
         shared = self._shared
-        if not self.work.leased:
-            self.work.find_lease(self._grant())
+        if not self.work.leased and self._lease is not None:
+            self.work.find_lease(self._lease)
         ready = shared.engine is not None
         # One path at a time: two that interrupt each other would never come to an end.
         at_rest = ready and not self._running and self._warming is None
@@ -171,7 +181,7 @@ class Sitting:
             case Nothing():
                 pass
             case TakeLease():
-                await self._take_lease()
+                await self._record_lease()
             case End(slot):
                 await self._stop(slot)
             case Mark(slots):
@@ -185,13 +195,24 @@ class Sitting:
             case Warm(entry):
                 self._warm(entry)
 
-    def _grant(self) -> Lease:
-        shared = self._shared
-        return shared.surroundings.grant_lease(self._id, shared.identity.key.public)
+    def _ask_for_lease(self) -> None:
+        if self._asking is None:
+            asking = self._await_lease()
+            self._asking = asyncio.create_task(asking, name=f"lease of {self._id}")
 
-    async def _take_lease(self) -> None:
-        lease = self._grant()
-        await self.work.write(lambda w: w.add_lease(lease.epoch, lease.node, lease.signature))
+    async def _await_lease(self) -> None:
+        try:
+            self._lease = await self.work.seat.lease()
+        except Unavailable as error:
+            logger.info("conversation %s: no lease: %s", self._id, error)
+        finally:
+            self._asking = None
+            self._wake()
+
+    async def _record_lease(self) -> None:
+        lease = self._lease
+        if lease is not None:
+            await self.work.write(lambda w: w.add_lease(lease.epoch, lease.node, lease.signature))
 
     def _request(self, writer: Writer, after: str) -> None:
         outside = self._shared.surroundings
@@ -322,6 +343,8 @@ class Sitting:
             self._trouble(slot, "engine-died", _DIED)
             if engine is not None:
                 shared.lost_engine(engine)
+        except LeaseLost as error:
+            logger.info("reply %s is left to another node: %s", slot, error)
         except Unavailable as error:
             logger.warning("reply %s waits: %s", slot, error)
             await shared.surroundings.sleep(BUSY_S)
@@ -361,7 +384,7 @@ class Sitting:
 
     def _reopen(self, slot: str) -> Generation:
         entry, transcript = self.work.present(slot), self.work.transcript
-        where = place_of(self.work.conversation, entry)
+        where = self._where(entry)
         parent = self.work.conversation.tree.up(slot)
         if not entry.sealed:  # nothing was flushed yet
             return self._prepare(slot, parent, where)
@@ -375,6 +398,10 @@ class Sitting:
         before = transcript.ids(parent)
         reply = Reply.resume(entry, where, before, hidden, self._shared.vocabulary)
         return self._generation(reply, parent)
+
+    def _where(self, reply: Entry) -> Where:
+        """The place of a reply, with the epoch under which it goes on: ours, whoever began it."""
+        return replace(place_of(self.work.conversation, reply), epoch=self.work.epoch)
 
     async def _finish(self, slot: str, outcome: Outcome | None) -> None:
         """A reply's task has ended: write its end, or let it be resumed."""
@@ -433,7 +460,7 @@ class Sitting:
     async def _give_up(self, slot: str, code: str, message: str) -> None:
         """End a placed reply of which nothing but its text can be read."""
         entry, identity = self.work.present(slot), self._shared.identity
-        where = place_of(self.work.conversation, entry)
+        where = self._where(entry)
         salt = identity.random(SALT_BYTES)
         link = Link(
             slot,

@@ -42,6 +42,16 @@ def test_i1_a_lease_is_not_taken_before_it_is_needed() -> None:
     assert evaluate(Situation(tree(), leased=False)) == Nothing()
 
 
+def test_i1_without_a_lease_not_even_a_stop_is_carried_out() -> None:
+    """Another node may be about to do it."""
+    streaming = tree(Facts(A, 1, slot=True, parent="", epoch=1))
+    assert evaluate(Situation(streaming, leased=False, open={A: True})) == TakeLease()
+    stopped = tree(Facts(A, 1, slot=True, ended=True))
+    assert evaluate(Situation(stopped, leased=False, unmarked=(A,))) == TakeLease()
+    admitted = tree(Facts(A, 1, parent="", epoch=1))
+    assert evaluate(Situation(admitted, leased=False, unanswered=(A,))) == TakeLease()
+
+
 def test_i2_stop_wins_over_admission_and_resumption() -> None:
     facts = tree(Facts(A, 1, slot=True, parent="", epoch=1), Facts(B, 2, after=A))
     situation = Situation(facts, open={A: True}, running=frozenset({A}))

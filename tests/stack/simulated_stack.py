@@ -307,11 +307,9 @@ class Server:
             membership = await hub.join(
                 conversation, NODE, node=True, deliver=deliver, lost=lambda _: lost()
             )
-            return RoomSeat(membership)
+            return RoomSeat(membership, lease_of(conversation, world.identity.key.public))
 
-        surroundings = Surroundings(
-            take_seat, grant_lease, house.lend, world.now_ms, world.random.randbytes
-        )
+        surroundings = Surroundings(take_seat, house.lend, world.now_ms, world.random.randbytes)
         self.node = Node(surroundings, house.renderer, house.vocabulary, world.identity)
         await self.node.start()
         self._unsubscribe = hub.subscribe(self.node.notice)
@@ -427,5 +425,5 @@ class World:
         await self.server.stop()
 
 
-def grant_lease(conversation: str, node: bytes) -> Lease:
+def lease_of(conversation: str, node: bytes) -> Lease:
     return Lease(EPOCH, node, RELAY_KEY.sign(lease_message(conversation, EPOCH, node)))
