@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 
 from sync.device import CONVERSATION, Device
 
+from crdt_llm.document.keys import SigningKey
 from crdt_llm.errors import StoreFailed
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
+from crdt_llm.store.register import MemoryRegister
 from crdt_llm.sync.hub import Hub
 
 if TYPE_CHECKING:
     from crdt_llm.errors import CrdtLlmError
     from crdt_llm.store.log import Loaded
     from crdt_llm.store.memory import MemorySeam
+    from crdt_llm.store.register import RegisterSeam, Row
     from crdt_llm.sync.hub import Membership
 
 
@@ -31,6 +34,9 @@ class CountingLog(MemoryLog):
         return await super().load(conversation)
 
 
+RELAY_KEY = SigningKey(b"r" * 32)
+
+
 @dataclass(slots=True)
 class Member:
     """Someone in a room, and what it heard."""
@@ -42,9 +48,17 @@ class Member:
 
 @dataclass(slots=True)
 class Place:
-    """A hub on a simulated disk."""
+    """A hub on a simulated disk.
+
+    Attributes:
+        leased: Whether it keeps its register on that disk, so that nodes need a lease.
+    """
 
     disk: MemoryDisk = field(default_factory=lambda: MemoryDisk("log"))
+    leased: bool = False
+    rows: dict[str, Row] = field(default_factory=dict)
+    register_failing: RegisterSeam | None = None
+    saves: int = 0
     now: float = 1000.0
     failing: bool = False
     gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -53,8 +67,24 @@ class Place:
 
     def __post_init__(self) -> None:
         self.gate.set()
+        self.open_hub()
+
+    def open_hub(self, seed: int = 1) -> None:
+        """Begin anew with what is on the disk, as a process that was started again does."""
         self.log = CountingLog(self.disk, clock=lambda: 0, faults=self._fault)
-        self.hub = Hub(self.log, clock=lambda: self.now, random=Random(1).randbytes)
+        register = MemoryRegister(self.rows, faults=self._register_fault)
+        self.hub = Hub(
+            self.log,
+            register=register if self.leased else None,
+            relay_key=RELAY_KEY.public,
+            clock=lambda: self.now,
+            random=Random(seed).randbytes,
+        )
+
+    async def _register_fault(self, seam: RegisterSeam) -> None:
+        self.saves += seam == "register-before-commit"
+        if seam == self.register_failing:
+            raise StoreFailed(seam)
 
     async def _fault(self, seam: MemorySeam) -> None:
         if seam == "before-commit":
