@@ -1,0 +1,133 @@
+// Where messages are written. What stands here belongs to the person: it survives reloads, is never
+// part of the document until it is sent, and reaches the model early only if they let it.
+
+import type { JSX } from 'preact'
+import { useEffect, useRef, useState } from 'preact/hooks'
+import { Icon } from './icons'
+import type { LiveClient, LiveConversation } from './live'
+import { active } from './message'
+import { attempt } from './notices'
+import { hints, unsent } from './settings'
+
+const TITLE_CHARACTERS = 60
+
+const KEPT_AFTER_MS = 250 // typing goes to the disk in pauses
+
+/** A first title from a first message. */
+export function titleFrom(text: string): string {
+  const line = text.trim().split('\n', 1)[0] ?? ''
+  if (line.length <= TITLE_CHARACTERS) return line
+  const cut = line.slice(0, TITLE_CHARACTERS)
+  return `${cut.slice(0, cut.lastIndexOf(' ') > 20 ? cut.lastIndexOf(' ') : undefined)}…`
+}
+
+function placeholder(client: LiveClient, live: LiveConversation): string {
+  return client.status.value.state === 'online' || live.status.value.state === 'synced'
+    ? 'Message'
+    : 'Message: it is sent when you are back online'
+}
+
+export function Composer({
+  client,
+  live
+}: {
+  client: LiveClient
+  live: LiveConversation
+}): JSX.Element {
+  const field = useRef<HTMLTextAreaElement>(null)
+  const [text, setText] = useState('')
+  const keeping = useRef(0)
+  const id = live.on.id
+  useEffect(() => {
+    setText(unsent.read(id))
+    return () => {
+      clearTimeout(keeping.current)
+      unsent.write(id, field.current?.value ?? '')
+      live.on.typing('')
+    }
+  }, [live])
+  useEffect(() => {
+    live.on.hints = hints.value === 'on'
+  }, [live, hints.value])
+  const change = (changed: string): void => {
+    setText(changed)
+    live.on.typing(changed)
+    clearTimeout(keeping.current)
+    keeping.current = window.setTimeout(() => unsent.write(id, changed), KEPT_AFTER_MS)
+  }
+  const last = live.path.value.at(-1)
+  const reply = last === undefined ? undefined : live.entry(last).value
+  const isReplying =
+    reply?.isSlot === true &&
+    reply.stop === null &&
+    (reply.standing === 'streaming' || reply.standing === 'pending' || reply.standing === 'unsent')
+  const stop = (): void => {
+    if (isReplying) void attempt('Not stopped', () => live.on.stop(reply.id))
+  }
+  const send = async (): Promise<void> => {
+    const said = text.trim()
+    if (said === '') return
+    const untitled = live.meta.value.title === '' && live.path.value.length === 0
+    change('')
+    const done = await attempt('Not sent', () => live.on.ask(said))
+    if (!done) {
+      change(said)
+    } else if (untitled && live.status.value.grant !== 'reader') {
+      await attempt('Not named', () => live.on.rename(titleFrom(said)))
+    }
+  }
+  return (
+    <form
+      class="composer"
+      onSubmit={event => {
+        event.preventDefault()
+        void send()
+      }}
+    >
+      <textarea
+        id="composer"
+        ref={field}
+        rows={1}
+        aria-label="Message"
+        placeholder={placeholder(client, live)}
+        value={text}
+        onInput={event => change(event.currentTarget.value)}
+        onKeyDown={event => {
+          if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) {
+            event.preventDefault()
+            void send()
+          } else if (event.key === 'Escape' && isReplying) {
+            event.stopPropagation()
+            stop()
+          } else if (event.key === 'ArrowUp' && text === '' && last !== undefined) {
+            event.preventDefault()
+            active.value = last
+            document.getElementById(`entry-${last}`)?.focus()
+          }
+        }}
+      />
+      {isReplying && (
+        <button
+          type="button"
+          class="round"
+          aria-label="Stop the reply"
+          title="Stop the reply (Esc)"
+          onClick={stop}
+        >
+          <Icon name="stop" />
+        </button>
+      )}
+      {(!isReplying || text.trim() !== '') && (
+        <button
+          type="submit"
+          class="round primary"
+          aria-label="Send"
+          title="Send (Enter)"
+          disabled={text.trim() === ''}
+        >
+          <Icon name="send" />
+        </button>
+      )}
+    </form>
+  )
+}

@@ -1,0 +1,110 @@
+// Settings of this browser: looks, hints, the device's name, and who one is.
+
+import type { JSX } from 'preact'
+import { useState } from 'preact/hooks'
+import { deviceName, forget, identities, nameDevice, use } from './identity'
+import type { LiveClient } from './live'
+import { hints, type Theme, theme } from './settings'
+
+const THEMES: readonly [Theme, string][] = [
+  ['system', 'As the system'],
+  ['light', 'Light'],
+  ['dark', 'Dark']
+]
+
+/** Accounts are chosen at the start: the data of one must never mix with another's. */
+const startAgain = (): void => location.reload()
+
+export function SettingsForm({ client }: { client: LiveClient }): JSX.Element {
+  const [name, setName] = useState(deviceName())
+  const others = identities().slice(1)
+  return (
+    <div class="settings">
+      <fieldset class="choice">
+        <legend>Appearance</legend>
+        {THEMES.map(([value, label]) => (
+          <label key={value}>
+            <input
+              type="radio"
+              name="theme"
+              checked={theme.value === value}
+              onChange={() => {
+                theme.value = value
+              }}
+            />
+            {label}
+          </label>
+        ))}
+      </fieldset>
+      <label class="switch">
+        <input
+          type="checkbox"
+          role="switch"
+          checked={hints.value === 'on'}
+          onChange={event => {
+            hints.value = event.currentTarget.checked ? 'on' : 'off'
+          }}
+        />
+        <span>
+          Let the model read ahead while I type
+          <small>
+            What you type goes to the model before you send it. It is never stored, and nobody else
+            sees it.
+          </small>
+        </span>
+      </label>
+      <form
+        class="field-row"
+        onSubmit={event => {
+          event.preventDefault()
+          nameDevice(name)
+          startAgain()
+        }}
+      >
+        <label>
+          Name of this device
+          <input
+            value={name}
+            maxLength={200}
+            onInput={event => setName(event.currentTarget.value)}
+          />
+        </label>
+        <button type="submit" disabled={name.trim() === deviceName()}>
+          Save
+        </button>
+      </form>
+      <section>
+        <h3>Account</h3>
+        <ul class="people-list">
+          <li>
+            <span>{client.status.value.principal ?? 'not known yet'}</span>
+            <button
+              type="button"
+              onClick={() => {
+                const here = identities()[0]
+                if (here !== undefined) forget(here.profile)
+                startAgain()
+              }}
+            >
+              Sign out
+            </button>
+          </li>
+          {others.map(one => (
+            <li key={one.profile}>
+              <span>{one.principal || 'another account'}</span>
+              <button
+                type="button"
+                onClick={() => {
+                  use(one.token)
+                  startAgain()
+                }}
+              >
+                Switch
+              </button>
+            </li>
+          ))}
+        </ul>
+      </section>
+    </div>
+  )
+}
