@@ -14,7 +14,6 @@ from __future__ import annotations
 import hmac
 import os
 from base64 import urlsafe_b64encode
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.parse import urlsplit
@@ -29,13 +28,13 @@ from crdt_llm.store.token_ledger import Issued
 from crdt_llm.sync.loopback import is_loopback
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from crdt_llm.store.token_ledger import TokenLedger
 
-Authenticate: TypeAlias = Callable[[str | None], str | None]
-"""A token, or ``None`` if there was none, to the principal it stands for, or ``None``."""
+Authenticate: TypeAlias = "Callable[[str | None], Pass | None]"
+"""A token, or ``None`` if there was none, to what it proves, or ``None``."""
 
 OWNER: Final = "owner"
 TOKEN_BYTES: Final = 32  # as hard to guess as the keys it stands beside
@@ -68,12 +67,12 @@ class TokenAccess:
     token: str = field(repr=False)
     principal: str = OWNER
 
-    def authenticate(self, token: str | None) -> str | None:
-        """The principal, if ``token`` is the token. Takes the same time for any wrong one."""
+    def authenticate(self, token: str | None) -> Pass | None:
+        """Its pass, if ``token`` is the token. Takes the same time for any wrong one."""
         if token is None or len(token) > TOKEN_CHARACTERS_MAX:
             return None
         given = token.encode(errors="replace")
-        return self.principal if hmac.compare_digest(given, self.token.encode()) else None
+        return Pass(self.principal) if hmac.compare_digest(given, self.token.encode()) else None
 
 
 def load_or_create_token(path: Path, random: Callable[[int], bytes] = os.urandom) -> str:

@@ -19,7 +19,6 @@ of the client's own; within a channel they grow.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -36,6 +35,7 @@ from crdt_llm.sync.wire import (
     VAR_UINT_MAX,
     AwarenessState,
     decode_state_vector,
+    parse_json,
 )
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Take no part any more; the channel's number is free again."""
+    """Take no part any more; answered by :class:`Closed`, unless the relay closed it before."""
 
     channel: int
 
@@ -340,7 +340,13 @@ class Hint:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The relay ends a channel; ``code`` as for the close of a connection."""
+    """A channel ends, and its number is free again; each :class:`Open` leads to one of these.
+
+    Attributes:
+        channel: Which.
+        code: As for the close of a connection; 1000 after :class:`Leave`.
+        reason: One line for people.
+    """
 
     channel: int
     code: int
@@ -516,12 +522,8 @@ def _awareness_state(value: Any) -> AwarenessState:
         raise MalformedMessage("a state is a client, a clock and JSON")
     client, clock, state = value
     checked = _maybe(_text(AWARENESS_STATE_BYTES_MAX))(state)
-    if checked is not None:
-        try:
-            if json.loads(checked) is None:
-                raise MalformedMessage("who went is nil, not the JSON null")
-        except (ValueError, RecursionError) as error:
-            raise MalformedMessage("a state is JSON") from error
+    if checked is not None and parse_json(checked) is None:
+        raise MalformedMessage("who went is nil, not the JSON null")
     return AwarenessState(_whole(CLIENT_ID_MAX)(client), _whole(VAR_UINT_MAX)(clock), checked)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, assert_never
 
 from crdt_llm.document.conversation import EMPTY_STATE_VECTOR
+from crdt_llm.document.rules import Author
 from crdt_llm.sync.outbox import Outbox
 from crdt_llm.sync.room import Peer, Submission
 from crdt_llm.sync.session import (
@@ -35,6 +36,7 @@ from crdt_llm.sync.wire import encode as encode_frame
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from crdt_llm.document.schema import Grant
     from crdt_llm.errors import CrdtLlmError
     from crdt_llm.sync.room import Delivery, Room
     from crdt_llm.sync.session import Event
@@ -54,10 +56,14 @@ class RemotePeer(Peer):
     Args:
         principal: The authenticated name; empty for a connection that is only to be refused.
         wake: Called when :meth:`take` may have something, or it is time to close. It must not wait.
+        cap: The most that its token allows in the conversation; ``None`` narrows nothing.
     """
 
-    def __init__(self, principal: str, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, principal: str, wake: Callable[[], None], *, cap: Grant | None = None
+    ) -> None:
         super().__init__(principal)
+        self.author = Author(principal, cap=cap)
         self.close_code: CloseCode | None = None
         self.close_reason = ""
         self._session = Session()

@@ -1,14 +1,17 @@
-"""The relay's sockets: websockets in the plain dialect, and a few plain HTTP pages.
+"""The relay's sockets: websockets in both dialects, and a few plain HTTP pages.
 
 This module only moves bytes and bounds them: handshakes, tokens, origins, limits, keepalive, and a
 graceful stop. It must not know what a frame says, nor documents; whatever it carries is decided in
 :mod:`crdt_llm.sync.session` and :mod:`crdt_llm.sync.room`.
 
-``ws://host:port/<conversation id>?token=…`` joins a conversation; the token may instead come as
-``Authorization: Bearer …``. A connection that is refused is accepted first, because a browser tells
-its page nothing about a failed handshake: the reason comes as the dialect's auth message and in the
-close code. Only what cannot be an honest page (a foreign origin) or would cost too much (too many
-connections) is refused by HTTP.
+``ws://host:port/<conversation id>?token=…`` joins a conversation in the plain dialect; the token
+may instead come as ``Authorization: Bearer …``. ``ws://host:port/`` with the subprotocol
+``crdt-llm.v1`` is the native dialect, which brings the token in its first frame.
+
+A connection that is refused is accepted first, because a browser tells its page nothing about a
+failed handshake: the reason comes in the close code, in the plain dialect also as its auth message.
+Only what cannot be an honest page (a foreign origin) or would cost too much (too many connections)
+is refused by HTTP.
 
 Tokens travel in URLs because browsers cannot set headers on websockets. So no request line is ever
 logged, and the library's own logging of handshakes is off.
@@ -19,10 +22,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Protocol, Self
 from urllib.parse import parse_qs, unquote
 
 from websockets.asyncio.server import ServerConnection, broadcast, serve
@@ -31,21 +35,31 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Response
 
 from crdt_llm.document.schema import is_conversation_id
-from crdt_llm.errors import AuthenticationFailed, CrdtLlmError, MalformedMessage
+from crdt_llm.errors import (
+    AuthenticationFailed,
+    CrdtLlmError,
+    Forbidden,
+    MalformedMessage,
+    Unavailable,
+)
+from crdt_llm.sync import wire as plain
 from crdt_llm.sync.access import may_connect
+from crdt_llm.sync.frames import FRAME_BYTES_MAX, HELLO_BYTES_MAX, SUBPROTOCOL
+from crdt_llm.sync.native_peer import NativeConnection
 from crdt_llm.sync.peer import RemotePeer
 from crdt_llm.sync.verdict import CloseCode, one_line
-from crdt_llm.sync.wire import FRAME_BYTES_MAX
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from websockets.asyncio.server import Server
     from websockets.http11 import Request
+    from websockets.typing import Subprotocol
 
-    from crdt_llm.sync.access import Authenticate
+    from crdt_llm.sync.access import Authenticate, Pass
     from crdt_llm.sync.hub import Hub
+    from crdt_llm.sync.native_peer import RelayIdentity
 
 logger = logging.getLogger("crdt_llm.sync")
 
@@ -81,7 +95,11 @@ class Limits:
     Attributes:
         connections: Open websockets. Each takes some 100 KB with its queues.
         sockets: Sockets of any kind, so that half-open handshakes cannot eat all file handles.
-        frame_bytes: One message; the largest is a Step2 with a whole document.
+        frame_bytes: One message; the largest holds a whole document and a state vector.
+        unknown: Connections of which it is not known yet who they are: each may hold what a first
+            frame takes, and a socket, for ``hello_s``.
+        unknown_of_address: As many of one address: a household, or an office behind one router.
+        hello_s: How long the first frame of the native dialect may take.
         queue_frames: Frames of one connection that were read from the socket and wait.
         write_buffer_bytes: Bytes of one connection that wait for the kernel.
         open_s: How long a handshake may take: a phone on a bad line needs a few seconds.
@@ -94,6 +112,9 @@ class Limits:
     connections: int = 2000
     sockets: int = 2500
     frame_bytes: int = FRAME_BYTES_MAX
+    unknown: int = 256
+    unknown_of_address: int = 32
+    hello_s: float = 10.0
     queue_frames: int = 4
     write_buffer_bytes: int = 64 << 10
     open_s: float = 10.0
@@ -107,7 +128,9 @@ class Relay:
 
     Args:
         hub: The rooms. :meth:`stop` closes it.
-        authenticate: Which principal a token stands for.
+        authenticate: What a token proves.
+        is_valid: Whether what it proved still counts; asked of live connections again and again.
+        identity: What it says of itself in the native dialect, which it does not speak without.
         origins: Further origins whose pages may connect, as ``https://example.org``.
         page: What ``GET /`` shows.
         node_problem: For ``/readyz``: ``None``, or why the node cannot answer; without a function
@@ -121,6 +144,8 @@ class Relay:
         hub: Hub,
         *,
         authenticate: Authenticate,
+        is_valid: Callable[[Pass], bool] = lambda _: True,
+        identity: RelayIdentity | None = None,
         origins: frozenset[str] = frozenset(),
         page: str = _PAGE,
         node_problem: Callable[[], str | None] | None = None,
@@ -129,6 +154,8 @@ class Relay:
     ) -> None:
         self._hub = hub
         self._authenticate = authenticate
+        self._is_valid = is_valid
+        self._identity = identity
         self._origins = origins
         self._page = page
         self._node_problem = node_problem
@@ -137,6 +164,8 @@ class Relay:
         self._server: Server | None = None
         self._ticking: asyncio.Task[None] | None = None
         self._connections = 0
+        self._unknown: Counter[str] = Counter()  # by address
+        self._known: dict[_Carried, Pass] = {}
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
         """Accept connections; port 0 takes a free one.
@@ -153,9 +182,11 @@ class Relay:
             # Conversations are small frames: deflate costs more time than it saves bytes.
             compression=None,
             process_request=self._route,
+            select_subprotocol=self._select_dialect,
             server_header=None,
             create_connection=_counted(limits.sockets),
-            max_size=limits.frame_bytes,
+            # Nobody is known yet: see `_admit`.
+            max_size=min(HELLO_BYTES_MAX, limits.frame_bytes),
             max_queue=limits.queue_frames,
             write_limit=limits.write_buffer_bytes,
             open_timeout=limits.open_s,
@@ -196,12 +227,18 @@ class Relay:
             await asyncio.sleep(TICK_S)
             try:
                 self._hub.tick()
+                self._end_expired()
             except Exception as failure:  # noqa: BLE001 - the next one may work
                 logger.error("what expired stays: %s", one_line(failure))  # noqa: TRY400 - one line
 
+    def _end_expired(self) -> None:
+        for carried, found in tuple(self._known.items()):
+            if not self._is_valid(found):
+                carried.refuse(AuthenticationFailed("unauthenticated", "that token ended"))
+
     # -- plain HTTP ----------------------------------------------------------------------------
 
-    def _route(self, _socket: ServerConnection, request: Request) -> Response | None:
+    def _route(self, socket: ServerConnection, request: Request) -> Response | None:
         """Answer plain requests; ``None`` lets a websocket handshake go on."""
         path, _, query = request.path.partition("?")
         upgrade = ",".join(request.headers.get_all("Upgrade")).lower()
@@ -214,7 +251,23 @@ class Relay:
             return _response(HTTPStatus.FORBIDDEN, "pages of that origin may not connect here")
         if self._connections >= self._limits.connections:
             return _response(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
+        if path == "/" and self._is_crowded(_address_of(socket)):
+            return _response(
+                HTTPStatus.SERVICE_UNAVAILABLE, "too many who did not say who they are"
+            )
         return None
+
+    def _select_dialect(
+        self, socket: ServerConnection, offered: Sequence[Subprotocol]
+    ) -> Subprotocol | None:
+        path = "" if socket.request is None else socket.request.path.partition("?")[0]
+        native = next((one for one in offered if one == SUBPROTOCOL), None)
+        return native if path == "/" and self._identity is not None else None
+
+    def _is_crowded(self, address: str) -> bool:
+        limits = self._limits
+        of_address = self._unknown[address] >= limits.unknown_of_address
+        return of_address or self._unknown.total() >= limits.unknown
 
     def _answer(self, path: str, token: str | None) -> Response:
         match path:
@@ -268,26 +321,98 @@ class Relay:
         if request is None:
             raise RuntimeError("a websocket without a request")
         path, _, query = request.path.partition("?")
-        principal = self._authenticate(_token_of(request, query))
+        token = _token_of(request, query)
+        if socket.subprotocol == SUBPROTOCOL and self._identity is not None:
+            await self._carry_native(socket, self._identity, token)
+        else:
+            await self._carry_plain(socket, unquote(path[1:]), token)
+
+    async def _carry_plain(
+        self, socket: ServerConnection, conversation: str, token: str | None
+    ) -> None:
         wire = _Wire(socket, self._limits.write_buffer_bytes)
-        peer = wire.peer = RemotePeer(principal or "", wire.wake)
-        sending = asyncio.get_running_loop().create_task(wire.run(peer))
         try:
-            if principal is None:
-                peer.refuse(AuthenticationFailed("unauthenticated", "a valid token is needed"))
-            else:
-                await self._enter(unquote(path[1:]), peer)
+            found = self._admit(token)
+            if not found.may_enter(conversation) and is_conversation_id(conversation):
+                raise Forbidden("forbidden", "this token is for other conversations")
+        except CrdtLlmError as error:
+            peer = RemotePeer("", wire.wake)
+            peer.refuse(error)
+            await self._run(socket, wire, peer)
+            return
+        peer = RemotePeer(found.principal, wire.wake, cap=found.cap(conversation))
+        socket.protocol.max_message_size = min(plain.FRAME_BYTES_MAX, self._limits.frame_bytes)
+        self._known[peer] = found
+        try:
+            await self._run(socket, wire, peer, self._enter(conversation, peer))
+        finally:
+            del self._known[peer]
+
+    async def _carry_native(
+        self, socket: ServerConnection, identity: RelayIdentity, token: str | None
+    ) -> None:
+        address = _address_of(socket)
+        is_unknown = True
+        self._unknown[address] += 1
+
+        def make_known() -> None:
+            nonlocal is_unknown
+            if is_unknown:
+                is_unknown = False
+                self._unknown -= Counter((address,))  # which leaves no zeros
+
+        def admit(shown: str | None) -> Pass:
+            found = self._known[connection] = self._admit(shown)
+            socket.protocol.max_message_size = self._limits.frame_bytes
+            make_known()
+            return found
+
+        def be_late() -> None:
+            if is_unknown:
+                connection.refuse(Unavailable("say who you are sooner"))
+
+        wire = _Wire(socket, self._limits.write_buffer_bytes)
+        connection = NativeConnection(
+            self._hub, identity, admit=admit, came_with=token, wake=wire.wake
+        )
+        late = asyncio.get_running_loop().call_later(self._limits.hello_s, be_late)
+        try:
+            await self._run(socket, wire, connection)
+        finally:
+            late.cancel()
+            make_known()
+            self._known.pop(connection, None)
+
+    def _admit(self, token: str | None) -> Pass:
+        found = self._authenticate(token)
+        if found is None:
+            raise AuthenticationFailed("unauthenticated", "a valid token is needed")
+        return found
+
+    async def _run(
+        self,
+        socket: ServerConnection,
+        wire: _Wire,
+        carried: _Carried,
+        entering: Awaitable[None] | None = None,
+    ) -> None:
+        wire.carried = carried
+        wire.wake()  # it may have been refused before it had a wire
+        sending = asyncio.get_running_loop().create_task(wire.run(carried))
+        try:
+            if entering is not None:
+                await entering
             taken = 0
             async for message in socket:
                 taken += 1
                 if isinstance(message, str):
-                    peer.refuse(MalformedMessage("this protocol has no text frames"))
+                    carried.refuse(MalformedMessage("this protocol has no text frames"))
                 else:
-                    await peer.receive(message)
+                    await carried.receive(message)
                 if taken % FRAMES_PER_TURN == 0:
                     await asyncio.sleep(0)
         finally:
-            peer.leave()
+            carried.leave()
             sending.cancel()
             with suppress(asyncio.CancelledError):
                 await sending
@@ -321,6 +446,25 @@ def _counted(limit: int) -> type[ServerConnection]:
     return Socket
 
 
+class _Carried(Protocol):
+    """What hangs on a wire: a connection in either dialect."""
+
+    close_code: CloseCode | None
+    close_reason: str
+
+    async def receive(self, frame: bytes) -> None:
+        """Take one frame."""
+
+    def take(self) -> bytes | None:
+        """The next frame to send."""
+
+    def refuse(self, error: CrdtLlmError) -> None:
+        """End the connection, saying why."""
+
+    def leave(self) -> None:
+        """The socket is gone."""
+
+
 class _Wire:
     """What a peer's frames go out by: at once while the kernel takes them, else in a task.
 
@@ -333,38 +477,43 @@ class _Wire:
         self._write_buffer_bytes = write_buffer_bytes
         self._news = asyncio.Event()
         self._is_sending = False  # the task has a frame that must go first
-        self.peer: RemotePeer | None = None
+        self.carried: _Carried | None = None
 
     def wake(self) -> None:
         """Send what there is, as far as it does not have to wait."""
-        if self._is_sending or self.peer is None:
+        if self._is_sending or self.carried is None:
             return
         while self._socket.transport.get_write_buffer_size() < self._write_buffer_bytes:
-            frame = self.peer.take()
+            frame = self.carried.take()
             if frame is None:
                 break
             broadcast((self._socket,), frame)
         else:
             self._news.set()
-        if self.peer.close_code is not None:
+        if self.carried.close_code is not None:
             self._news.set()
 
-    async def run(self, peer: RemotePeer) -> None:
+    async def run(self, carried: _Carried) -> None:
         """Send until it is time to close, then close."""
         try:
-            while peer.close_code is None:
+            while carried.close_code is None:
                 await self._news.wait()
                 self._news.clear()
                 self._is_sending = True
-                while (frame := peer.take()) is not None:
+                while (frame := carried.take()) is not None:
                     await self._socket.send(frame)
                 self._is_sending = False
-            await self._socket.close(peer.close_code, peer.close_reason)
+            await self._socket.close(carried.close_code, carried.close_reason)
         except ConnectionClosed:
             pass  # the reader sees it too, and lets go
         except Exception as failure:  # noqa: BLE001 - a fault of ours: nobody would send any more
             logger.error("a connection: %s", one_line(failure))  # noqa: TRY400 - one line an error
             await self._socket.close(CloseCode.INTERNAL_ERROR, "something went wrong here")
+
+
+def _address_of(socket: ServerConnection) -> str:
+    address = socket.remote_address
+    return str(address[0]) if isinstance(address, tuple) and address else ""
 
 
 def _token_of(request: Request, query: str) -> str | None:

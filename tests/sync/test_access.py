@@ -73,7 +73,7 @@ def test_a_token_that_others_may_read_is_not_used(tmp_path: Path) -> None:
 
 def test_only_the_token_is_the_token() -> None:
     access = TokenAccess("secret")
-    assert access.authenticate("secret") == OWNER
+    assert access.authenticate("secret") == Pass(OWNER)
     for wrong in (None, "", "secre", "secret ", "SECRET", "sécret", "\ud800", "x" * 10**6):
         assert access.authenticate(wrong) is None
     assert "secret" not in repr(access)

@@ -17,6 +17,7 @@ from crdt_llm.document.schema import Birth, conversation_id
 from crdt_llm.errors import StoreFailed
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
 from crdt_llm.sync import room as room_module
+from crdt_llm.sync.access import Pass
 from crdt_llm.sync.hub import Hub
 from crdt_llm.sync.peer import RemotePeer
 from crdt_llm.sync.relay import Limits, Relay
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from crdt_llm.sync.structure import Missing, UpdateStructure
     from crdt_llm.sync.wire import Message
 
-TOKENS = {"owners-secret": "owner", "strangers-secret": "stranger"}
+TOKENS = {"owners-secret": Pass("owner"), "strangers-secret": Pass("stranger")}
 
 
 class Served:
@@ -53,7 +54,8 @@ class Served:
         self.disk = MemoryDisk("log")
         self.failing = False
         self.hub = Hub(MemoryLog(self.disk, clock=lambda: 0, faults=self._fault))
-        self.relay = Relay(self.hub, authenticate=lambda token: TOKENS.get(token or ""), **options)
+        options.setdefault("authenticate", lambda token: TOKENS.get(token or ""))
+        self.relay = Relay(self.hub, **options)
 
     async def _fault(self, seam: MemorySeam) -> None:
         if self.failing and seam == "before-commit":

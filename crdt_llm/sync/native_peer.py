@@ -1,0 +1,428 @@
+"""A connection in the native dialect: one session, one outbox, and a room's peer for each channel.
+
+This module carries a session's events to the rooms and the rooms' calls to the session. It must not
+know sockets: whoever holds one gives frames in and takes frames out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, assert_never
+
+from crdt_llm.document.conversation import EMPTY_STATE_VECTOR
+from crdt_llm.document.rules import Author
+from crdt_llm.errors import AuthenticationFailed, CrdtLlmError, Forbidden
+from crdt_llm.sync import frames
+from crdt_llm.sync.frames import Change, Draft, Presence, Pull, Renew, Request, WantLease, Watch
+from crdt_llm.sync.frames import encode as encode_frame
+from crdt_llm.sync.native_session import Close, Enter, Exit, Greet, NativeSession, Send, Submit
+from crdt_llm.sync.outbox import WAITING_BYTES_MAX, Lanes
+from crdt_llm.sync.room import Peer, Submission
+from crdt_llm.sync.verdict import (
+    CLOSE_REASON_BYTES_MAX,
+    CloseCode,
+    close_code,
+    one_line,
+    reason_of,
+    shorten,
+)
+from crdt_llm.sync.wire import UPDATE_BYTES_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from crdt_llm.sync.access import Pass
+    from crdt_llm.sync.frames import Open
+    from crdt_llm.sync.hub import Hub
+    from crdt_llm.sync.native_session import Event
+    from crdt_llm.sync.room import Delivery, Room
+    from crdt_llm.sync.verdict import Verdict
+    from crdt_llm.sync.wire import AwarenessState
+
+logger = logging.getLogger("crdt_llm.sync")
+
+ENTERING_MAX: Final = 4
+"""Rooms that one connection enters at a time: each answer may be a whole document."""
+
+_ANSWERS_WAIT_FOR_BYTES: Final = WAITING_BYTES_MAX // 2
+"""What is owed to a slow reader is made once so little waits: it may be a whole document."""
+
+
+@dataclass(frozen=True, slots=True)
+class RelayIdentity:
+    """What a relay says of itself.
+
+    Attributes:
+        key: Its Ed25519 public key.
+        log: The name of its log.
+    """
+
+    key: bytes
+    log: str
+
+
+def _presence_frame(channel: int, states: tuple[AwarenessState, ...]) -> bytes:
+    return encode_frame(Presence(channel, states))
+
+
+class NativeConnection:
+    """One connection.
+
+    Args:
+        hub: The rooms.
+        identity: Of this relay.
+        admit: What a token proves; raises if that is nothing.
+        came_with: The token of the handshake, if there was one.
+        wake: Called when :meth:`take` may have something, or it is time to close. It must not wait.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        identity: RelayIdentity,
+        *,
+        admit: Callable[[str | None], Pass],
+        came_with: str | None,
+        wake: Callable[[], None],
+    ) -> None:
+        self.close_code: CloseCode | None = None
+        self.close_reason = ""
+        self.found: Pass | None = None
+        self.node_key: bytes | None = None
+        self._hub = hub
+        self._identity = identity
+        self._admit = admit
+        self._came_with = came_with
+        self._wake = wake
+        self._session = NativeSession()
+        self._outbox = Lanes(_presence_frame)
+        self._has_room = asyncio.Event()
+        self._channels: dict[int, ChannelPeer] = {}
+        self._entering: dict[ChannelPeer, asyncio.Task[None]] = {}
+        self._doors = asyncio.Semaphore(ENTERING_MAX)
+        self._owed: dict[int, ChannelPeer] = {}  # who lacks something; the first is served first
+        self._is_asking = False  # the first of them asked its room
+
+    # -- for whoever holds the socket ----------------------------------------------------------
+
+    @property
+    def is_authenticated(self) -> bool:
+        """Whether it is known who this is."""
+        return self.found is not None
+
+    async def receive(self, frame: bytes) -> None:
+        """Take one frame; waits while too much waits for the reader, or for a verdict."""
+        await self._room_to_answer()
+        for event in self._session.receive(frame):
+            if isinstance(event, Submit):
+                channel = self._channels.get(event.channel)
+                if channel is not None:
+                    await channel.submit(event)
+            else:
+                self._follow(event)
+
+    def take(self) -> bytes | None:
+        """The next frame to send, or ``None`` while there is none."""
+        frame = self._outbox.take()
+        if self._outbox.has_room:
+            self._has_room.set()
+        self._serve_owed()
+        return frame
+
+    def refuse(self, error: CrdtLlmError) -> None:
+        """End the connection, saying why."""
+        self._follow_all(self._session.close(close_code(error), reason_of(error)))
+
+    def leave(self) -> None:
+        """The socket is gone."""
+        self._session.close(CloseCode.INTERNAL_ERROR, "the socket is gone")
+        for task in self._entering.values():
+            task.cancel()
+        channels, self._channels = tuple(self._channels.values()), {}
+        for channel in channels:
+            channel.leave()
+        self._owed.clear()
+        self._outbox.drop_all()
+        self._has_room.set()
+
+    # -- for the channels ----------------------------------------------------------------------
+
+    @property
+    def log(self) -> str:
+        """The name of the relay's log."""
+        return self._identity.log
+
+    def opened(self, opened: frames.Opened) -> None:
+        """A channel's room let it in."""
+        self._follow_all(self._session.opened(opened))
+
+    def settle(self, submit: Submit, verdict: Verdict, room: Room) -> None:
+        """A channel's room has judged an update."""
+        self._follow_all(
+            self._session.settle(submit, verdict, lsn=room.lsn, state_vector=room.state_vector())
+        )
+
+    def change(self, channel: ChannelPeer, change: Change) -> None:
+        """Others wrote in a channel's conversation."""
+        dropped = self._outbox.put_change(channel.number, encode_frame(change))
+        if dropped is not None:
+            self._owed[dropped] = self._channels[dropped]
+        self._wake()
+
+    def owe(self, channel: ChannelPeer) -> None:
+        """A channel is to get all that it lacks, as soon as there is room for it."""
+        self._outbox.owe(channel.number)
+        self._owed[channel.number] = channel
+        self._serve_owed()
+        self._wake()
+
+    def is_owed(self, channel: ChannelPeer) -> bool:
+        """Whether changes need not be sent to a channel: what it is owed will hold them."""
+        return channel.number in self._owed
+
+    def pay(self, channel: ChannelPeer, state: frames.State) -> None:
+        """Send a channel what it lacks."""
+        if self._owed.pop(channel.number, None) is not None:
+            self._is_asking = False
+            self._outbox.put_state(channel.number, encode_frame(state))
+            self._wake()
+
+    def presence(self, channel: ChannelPeer, states: Iterable[AwarenessState]) -> None:
+        """Who is in a channel's conversation, or went."""
+        self._outbox.put_presence(channel.number, states)
+        self._wake()
+
+    def end(self, channel: ChannelPeer, error: CrdtLlmError) -> None:
+        """A channel's room does not have it any more, or did not take it."""
+        if self._forget(channel):
+            code, reason = close_code(error), reason_of(error)
+            self._follow_all(self._session.end(channel.number, code, reason))
+
+    # -- between the two -----------------------------------------------------------------------
+
+    def _follow_all(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self._follow(event)
+
+    def _follow(self, event: Event) -> None:  # noqa: C901 - a table of events
+        match event:
+            case Send(frame):
+                self._send(frame)
+            case Greet(hello):
+                self._greet(hello)
+            case Enter(wish):
+                self._enter(wish)
+            case Exit(number):
+                if number in self._channels:
+                    channel = self._channels[number]
+                    self._forget(channel)
+                    channel.leave()
+            case Pull(number, state_vector):
+                self._channels[number].pull(state_vector)
+            case Presence(number, states):
+                self._channels[number].say(states)
+            case Draft() | Watch() | Request() | WantLease() | Renew():
+                pass
+            case Close(code, reason):
+                self._close(code, reason)
+            case Submit():
+                raise AssertionError("updates are handed over where waiting is possible")
+            case _:
+                assert_never(event)
+        self._wake()
+
+    def _send(self, frame: frames.FromRelay) -> None:
+        encoded = encode_frame(frame)
+        match frame:
+            case frames.Ack():
+                self._outbox.put_ack(frame.channel, encoded)
+            case frames.Opened():
+                self._outbox.put(frame.channel, encoded, opens=True)
+            case frames.Closed():
+                self._outbox.end(frame.channel, encoded)
+            case frames.Nack():
+                self._outbox.put(frame.channel, encoded)
+            case _:
+                self._outbox.put_first(encoded)
+
+    def _greet(self, hello: frames.Hello) -> None:
+        token = self._came_with if hello.token is None else hello.token
+        try:
+            found = self._admit(token)
+        except CrdtLlmError as error:
+            self.refuse(error)
+            return
+        if hello.node is not None and not found.node:
+            self.refuse(AuthenticationFailed("not-a-node", "that token is no node's"))
+            return
+        welcome = frames.Welcome(
+            frames.VERSION,
+            found.principal,
+            self._identity.key,
+            found.expires_at,
+            self._identity.log,
+        )
+        self._follow_all(self._session.accept(welcome, node=hello.node is not None))
+        if self.close_code is None:
+            self.found, self.node_key = found, hello.node
+
+    def _enter(self, wish: Open) -> None:
+        if self.found is None:
+            raise AssertionError("nobody enters a room before it is known who that is")
+        channel = self._channels[wish.channel] = ChannelPeer(self, wish, self.found)
+        if not self.found.may_enter(wish.conversation):
+            self.end(channel, Forbidden("forbidden", "this token is for other conversations"))
+            return
+        entering = self._enter_when_possible(channel, wish.conversation)
+        task = asyncio.get_running_loop().create_task(entering, name=f"enter {wish.conversation}")
+        self._entering[channel] = task
+        task.add_done_callback(lambda _: self._entering.pop(channel, None))
+
+    async def _enter_when_possible(self, channel: ChannelPeer, conversation: str) -> None:
+        try:
+            async with self._doors:
+                await self._room_to_answer()
+                await self._hub.enter(conversation, channel)
+        except CrdtLlmError as error:
+            self.end(channel, error)
+        except Exception as failure:  # noqa: BLE001 - a fault of ours must not go unheard
+            logger.error("conversation %s: %s", conversation, one_line(failure))  # noqa: TRY400 - one line an error
+            self.end(channel, CrdtLlmError("something went wrong here: try again later"))
+
+    async def _room_to_answer(self) -> None:
+        while not self._outbox.has_room and self.close_code is None:
+            self._has_room.clear()
+            await self._has_room.wait()
+
+    def _serve_owed(self) -> None:
+        waits_little = self._outbox.waiting_bytes <= _ANSWERS_WAIT_FOR_BYTES
+        if self._owed and waits_little and not self._is_asking:
+            self._is_asking = True
+            next(iter(self._owed.values())).ask()
+
+    def _forget(self, channel: ChannelPeer) -> bool:
+        """Let go of a channel; whether it was there."""
+        if self._channels.get(channel.number) is not channel:
+            return False
+        del self._channels[channel.number]
+        if self._owed and next(iter(self._owed.values())) is channel:
+            self._is_asking = False
+        self._owed.pop(channel.number, None)
+        task = self._entering.pop(channel, None)
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+        return True
+
+    def _close(self, code: CloseCode, reason: str) -> None:
+        self.close_code = code
+        self.close_reason = shorten(reason, CLOSE_REASON_BYTES_MAX)
+        self.leave()
+
+
+class ChannelPeer(Peer):
+    """What a room sees of one channel.
+
+    Args:
+        connection: Whose.
+        wish: What was asked for.
+        found: What the connection's token proves.
+    """
+
+    survives_refusal = True
+
+    def __init__(self, connection: NativeConnection, wish: Open, found: Pass) -> None:
+        is_node = connection.node_key is not None
+        super().__init__(found.principal, node=is_node)
+        self.author = Author(found.principal, is_node, cap=found.cap(wish.conversation))
+        self.number = wish.channel
+        self._connection = connection
+        self._wish: Open | None = wish
+        self._room: Room | None = None
+        # Of what the client has for certain, once all frames for it are sent: the end of the log
+        # that it knew, and a state vector, for when the log does not reach back so far.
+        self._lsn = 0
+        self._has = EMPTY_STATE_VECTOR
+        self._pulled: bytes | None = None
+        self._is_speaking = False
+
+    async def submit(self, submit: Submit) -> None:
+        """Hand over an update; waits while too many have no verdict."""
+        if self._room is not None:
+            await self._room.submit(Submission(self, submit.update, submit.is_document, tag=submit))
+
+    def pull(self, state_vector: bytes) -> None:
+        """Owe everything that is not in a state vector."""
+        self._pulled = state_vector
+        self._connection.owe(self)
+
+    def say(self, states: tuple[AwarenessState, ...]) -> None:
+        """Show others who is here. The client itself knows."""
+        if self._room is not None:
+            self._is_speaking = True
+            self._room.say(self, states)
+            self._is_speaking = False
+
+    def ask(self) -> None:
+        """Have :meth:`answer` called."""
+        if self._room is not None:
+            self._room.ask(self)
+
+    def leave(self) -> None:
+        """Take no part any more."""
+        if self._room is not None:
+            self._room.leave(self)
+
+    # -- for the room --------------------------------------------------------------------------
+
+    def entered(self, room: Room) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`."""
+        wish, self._room, self._wish = self._wish, room, None
+        if wish is None:
+            raise AssertionError("a channel enters one room, once")
+        follows = room.since(wish.lsn) if wish.log == self._connection.log else None
+        self._lsn, self._has = room.lsn, room.state_vector()
+        self._connection.opened(
+            frames.Opened(
+                self.number,
+                self._connection.log,
+                room.lsn,
+                room.diff(wish.state_vector) if follows is None else follows,
+                self._has,
+                room.grant_of(self.author),
+                behind=False,
+            )
+        )
+        self.presence(room.awareness.states)
+
+    def settle(self, submission: Submission, verdict: Verdict, room: Room) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`."""
+        self._connection.settle(submission.tag, verdict, room)
+
+    def deliver(self, delivery: Delivery) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`."""
+        if self._room is None or self._connection.is_owed(self):
+            return
+        if len(delivery.update) <= UPDATE_BYTES_MAX:
+            self._connection.change(self, Change(self.number, self._room.lsn, delivery.update))
+        else:  # what one commit joins may be larger than the updates in it
+            self._connection.owe(self)
+
+    def answer(self, room: Room) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`."""
+        pulled, self._pulled = self._pulled, None
+        follows = room.since(self._lsn) if pulled is None else None
+        if follows is None:
+            follows = room.diff(self._has if pulled is None else pulled)
+        self._lsn, self._has = room.lsn, room.state_vector()
+        self._connection.pay(self, frames.State(self.number, room.lsn, follows))
+
+    def presence(self, states: Iterable[AwarenessState]) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`."""
+        if not self._is_speaking:
+            self._connection.presence(self, states)
+
+    def dismiss(self, error: CrdtLlmError) -> None:
+        """See :class:`~crdt_llm.sync.room.Peer`."""
+        self._connection.end(self, error)
