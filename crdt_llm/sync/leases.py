@@ -23,8 +23,9 @@ L5. Who waits is given the lease unasked, in the order of asking, as soon as it 
 L6. Whoever loses a lease is told (:class:`Ended`) before anybody else is granted it. Whoever wires
     holders to rooms must stop its writes in that very call, and likewise when its connection ends:
     what was received and not yet judged must be judged as nobody's.
-L7. A grant passes through the room's turn (``grant_epoch``), also where the epoch stays. So all
-    that was committed under an earlier holder was sent to the new one before it hears of its lease.
+L7. A grant passes through the room's turn (``grant_epoch``), also where the epoch stays, as it
+    does while the node is the same. So all that was committed before was sent to the new holder
+    before it hears of its lease.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ TTL_S: Final = 10.0
 
 RETRY_S: Final = 2.0
 """When to ask again for a lease that could not be given for another reason than a holder."""
+
+RETRY_S_MIN: Final = 0.1
+"""No node asks again sooner, whatever it was told: a lease that is about to end needs a moment."""
 
 
 class LeaseHolder(Protocol):
@@ -106,12 +110,10 @@ class Grant:
     Attributes:
         conversation: Whose lease.
         holder: Who gets it.
-        keep: The epoch that goes on (L3); ``None`` if a new one is needed.
     """
 
     conversation: str
     holder: LeaseHolder
-    keep: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ LeaseEvent: TypeAlias = Grant | Ended | Wait | Vacant
 class _Lease:
     grant: Grant  # the last; what was granted before it does not count any more
     expires_at: float | None  # None: it does not run out
-    epoch: int | None = None  # None until it is confirmed
+    is_confirmed: bool = False
     is_connected: bool = True
 
     @property
@@ -184,17 +186,16 @@ class LeaseDesk:
         if lease is None:
             return [*events, self._give(conversation, place, holder)]
         if lease.holder is holder:
-            if lease.epoch is not None:
-                lease.grant = Grant(conversation, holder, lease.epoch)
+            if lease.is_confirmed:
+                lease.grant = Grant(conversation, holder)
                 events.append(lease.grant)
             return events  # else the answer to the first question is on its way
         if lease.holder.node == holder.node:  # L3
-            keep = lease.grant.keep if lease.epoch is None else lease.epoch
             if lease.is_connected:
                 events.append(
                     Ended(conversation, lease.holder, "your node has come back elsewhere")
                 )
-            return [*events, self._give(conversation, place, holder, keep)]
+            return [*events, self._give(conversation, place, holder)]
         if holder.embedded and not lease.holder.embedded:  # L4
             events.append(Ended(conversation, lease.holder, "the relay's own node has taken over"))
             return [*events, self._give(conversation, place, holder)]
@@ -235,7 +236,7 @@ class LeaseDesk:
 
     # -- told by whoever carries events out ----------------------------------------------------
 
-    def confirm(self, grant: Grant, epoch: int) -> bool:
+    def confirm(self, grant: Grant) -> bool:
         """The epoch of a grant is durable.
 
         Returns:
@@ -245,9 +246,9 @@ class LeaseDesk:
         lease = None if place is None else place.lease
         if lease is None or lease.grant is not grant or not lease.is_connected:
             return False
-        if lease.epoch is None and lease.expires_at is not None:
+        if not lease.is_confirmed and lease.expires_at is not None:
             lease.expires_at = self._clock() + self.ttl_s
-        lease.epoch = epoch
+        lease.is_confirmed = True
         return True
 
     def fail(self, grant: Grant, reason: str) -> list[LeaseEvent]:
@@ -297,12 +298,10 @@ class LeaseDesk:
             if place.lease is not None and place.lease.holder is holder:
                 yield conversation, place
 
-    def _give(
-        self, conversation: str, place: _Conversation, holder: LeaseHolder, keep: int | None = None
-    ) -> Grant:
+    def _give(self, conversation: str, place: _Conversation, holder: LeaseHolder) -> Grant:
         place.waiting.pop(holder, None)
         ends = None if holder.embedded else self._clock() + self.ttl_s
-        grant = Grant(conversation, holder, keep)
+        grant = Grant(conversation, holder)
         place.lease = _Lease(grant, ends)
         return grant
 
@@ -338,11 +337,11 @@ class LeaseDesk:
             self._conversations.pop(conversation, None)
 
 
-GrantEpoch: TypeAlias = "Callable[[str, bytes, int | None], Awaitable[int]]"
+GrantEpoch: TypeAlias = "Callable[[str, bytes], Awaitable[int]]"
 """Makes an epoch current in a conversation, durable and in its room's turn (L7).
 
-It takes the conversation, the node's public key, and the epoch that goes on if it is the current
-one still (``None`` for a new one), and raises a ``CrdtLlmError`` if there can be no lease now."""
+It takes the conversation and the node's public key, answers the epoch (the same while the node is)
+and raises a ``CrdtLlmError`` if there can be no lease now."""
 
 
 class LeaseOffice:
@@ -418,12 +417,84 @@ class LeaseOffice:
     async def _grant(self, grant: Grant) -> None:
         conversation, holder = grant.conversation, grant.holder
         try:
-            epoch = await self._grant_epoch(conversation, holder.node, grant.keep)
+            epoch = await self._grant_epoch(conversation, holder.node)
         except CrdtLlmError as error:
             logger.warning("conversation %s: no lease: %s", conversation, error)
             self._carry_out(self.desk.fail(grant, str(error)))
             return
-        if self.desk.confirm(grant, epoch):
+        if self.desk.confirm(grant):
             signature = self._sign(lease_message(conversation, epoch, holder.node))
             logger.info("conversation %s: lease of epoch %d granted", conversation, epoch)
             holder.leased(Granted(conversation, epoch, holder.node, signature, self.desk.ttl_s))
+
+
+class LeaseWish:
+    """A node's side of one lease: waiting for it, asking again when that may be of use.
+
+    Args:
+        ask: Asks for the lease.
+        withdraw: Says that it is not wanted (any more).
+        ended: Called once if the lease ends after it was had.
+    """
+
+    def __init__(
+        self, ask: Callable[[], None], withdraw: Callable[[], None], ended: Callable[[str], None]
+    ) -> None:
+        self._ask = ask
+        self._withdraw = withdraw
+        self._ended = ended
+        self._waiting: asyncio.Future[Granted] | None = None
+        self._again: asyncio.TimerHandle | None = None
+        self._granted: Granted | None = None
+
+    @property
+    def granted(self) -> Granted | None:
+        """The lease, while it is had."""
+        return self._granted
+
+    async def wait(self) -> Granted:
+        """Ask; returns once the lease is had. To cancel is to want it no more.
+
+        Raises:
+            CrdtLlmError: What :meth:`fail` was called with.
+        """
+        if self._granted is not None:
+            return self._granted
+        self._waiting = asyncio.get_running_loop().create_future()
+        self._ask()
+        try:
+            return await self._waiting
+        except asyncio.CancelledError:
+            if self._granted is None:
+                self._withdraw()
+            raise
+        finally:
+            self._waiting = None
+            self._stop_asking()
+
+    def leased(self, granted: Granted) -> None:
+        """The lease is had."""
+        self._granted = granted
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(granted)
+
+    def unleased(self, retry_s: float, reason: str) -> None:
+        """It is not had (any more)."""
+        had, self._granted = self._granted, None
+        if had is not None:
+            self._ended(reason)
+        elif self._waiting is not None and not self._waiting.done():
+            self._stop_asking()
+            loop = asyncio.get_running_loop()
+            self._again = loop.call_later(max(retry_s, RETRY_S_MIN), self._ask)
+
+    def fail(self, error: CrdtLlmError) -> None:
+        """It cannot be had here any more."""
+        self._granted = None
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_exception(error)
+
+    def _stop_asking(self) -> None:
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None

@@ -19,6 +19,7 @@ from crdt_llm.sync.leases import (
     Granted,
     LeaseDesk,
     LeaseOffice,
+    LeaseWish,
     Vacant,
     Wait,
 )
@@ -76,11 +77,11 @@ def second() -> Node:
     return Node(b"2" * 32)
 
 
-def granted(desk: LeaseDesk, events: list[LeaseEvent], epoch: int) -> Node:
+def granted(desk: LeaseDesk, events: list[LeaseEvent]) -> Node:
     """Carry out the one grant among events; answers who got it."""
     grants = [event for event in events if isinstance(event, Grant)]
     assert len(grants) == 1
-    assert desk.confirm(grants[0], epoch)
+    assert desk.confirm(grants[0])
     holder = grants[0].holder
     assert isinstance(holder, Node)
     return holder
@@ -94,8 +95,7 @@ def test_the_first_who_asks_gets_a_new_epoch(desk: LeaseDesk, first: Node) -> No
     events = desk.want(HERE, first)
     (grant,) = events
     assert isinstance(grant, Grant)
-    assert grant.keep is None
-    assert granted(desk, events, 1) is first
+    assert granted(desk, events) is first
     assert desk.holder(HERE) is first
     assert desk.held(first) == (HERE,)
 
@@ -103,7 +103,7 @@ def test_the_first_who_asks_gets_a_new_epoch(desk: LeaseDesk, first: Node) -> No
 def test_who_comes_later_waits_and_gets_it_unasked_when_the_ttl_is_over(
     desk: LeaseDesk, clock: Clock, first: Node, second: Node
 ) -> None:
-    granted(desk, desk.want(HERE, first), 1)
+    granted(desk, desk.want(HERE, first))
     clock.now = 4.0
     (wait,) = desk.want(HERE, second)
     assert wait == Wait(HERE, second, 6.0, "another node has the lease")
@@ -112,13 +112,13 @@ def test_who_comes_later_waits_and_gets_it_unasked_when_the_ttl_is_over(
     clock.now = 10.0
     events = desk.tick()
     assert kinds(events) == [Ended, Grant]
-    assert granted(desk, events, 2) is second
+    assert granted(desk, events) is second
 
 
 def test_renewing_keeps_a_lease_and_too_late_is_too_late(
     desk: LeaseDesk, clock: Clock, first: Node, second: Node
 ) -> None:
-    granted(desk, desk.want(HERE, first), 1)
+    granted(desk, desk.want(HERE, first))
     for now in (3.0, 12.0, 21.0):
         clock.now = now
         assert desk.renew(first) == []
@@ -127,32 +127,32 @@ def test_renewing_keeps_a_lease_and_too_late_is_too_late(
     clock.now = 31.0
     events = desk.renew(first)
     assert kinds(events) == [Ended, Grant]
-    assert granted(desk, events, 2) is second
+    assert granted(desk, events) is second
 
 
 def test_what_is_given_back_is_passed_on_at_once(
     desk: LeaseDesk, first: Node, second: Node
 ) -> None:
-    granted(desk, desk.want(HERE, first), 1)
+    granted(desk, desk.want(HERE, first))
     desk.want(HERE, second)
     events = desk.give_back(HERE, first)
     assert kinds(events) == [Ended, Grant]
-    assert granted(desk, events, 2) is second
+    assert granted(desk, events) is second
     assert kinds(desk.give_back(HERE, second)) == [Ended]
     assert desk.holder(HERE) is None
 
 
 def test_who_gave_up_waiting_gets_nothing(desk: LeaseDesk, first: Node, second: Node) -> None:
-    granted(desk, desk.want(HERE, first), 1)
+    granted(desk, desk.want(HERE, first))
     desk.want(HERE, second)
     assert desk.give_back(HERE, second) == []
     assert kinds(desk.give_back(HERE, first)) == [Ended]
 
 
-def test_a_node_that_comes_back_in_time_goes_on_under_its_epoch(
+def test_a_node_that_comes_back_in_time_goes_before_those_who_wait(
     desk: LeaseDesk, clock: Clock, first: Node, second: Node
 ) -> None:
-    granted(desk, desk.want(HERE, first), 7)
+    granted(desk, desk.want(HERE, first))
     desk.want(HERE, second)
     clock.now = 2.0
     assert desk.lost(first) == []
@@ -160,8 +160,7 @@ def test_a_node_that_comes_back_in_time_goes_on_under_its_epoch(
     clock.now = 9.0
     (grant,) = desk.want(HERE, back)
     assert isinstance(grant, Grant)
-    assert grant.keep == 7
-    assert desk.confirm(grant, 7)
+    assert desk.confirm(grant)
     clock.now = 18.0
     assert desk.tick() == []
 
@@ -169,52 +168,51 @@ def test_a_node_that_comes_back_in_time_goes_on_under_its_epoch(
 def test_a_node_that_comes_back_on_another_connection_ends_the_first(
     desk: LeaseDesk, first: Node
 ) -> None:
-    granted(desk, desk.want(HERE, first), 7)
+    granted(desk, desk.want(HERE, first))
     again = Node(first.node)
     ended, grant = desk.want(HERE, again)
     assert ended == Ended(HERE, first, "your node has come back elsewhere")
     assert isinstance(grant, Grant)
-    assert (grant.holder, grant.keep) == (again, 7)
+    assert grant.holder is again
     assert desk.give_back(HERE, first) == []
     assert desk.renew(first) == []
     assert desk.holder(HERE) is again
 
 
-def test_a_node_that_comes_back_too_late_starts_anew(
-    desk: LeaseDesk, clock: Clock, first: Node
+def test_a_node_that_comes_back_too_late_waits_like_anybody(
+    desk: LeaseDesk, clock: Clock, first: Node, second: Node
 ) -> None:
-    granted(desk, desk.want(HERE, first), 7)
+    granted(desk, desk.want(HERE, first))
     desk.lost(first)
     clock.now = 10.0
     assert desk.tick() == [Vacant(HERE)]
-    (grant,) = desk.want(HERE, Node(first.node))
-    assert isinstance(grant, Grant)
-    assert grant.keep is None
+    desk.want(HERE, second)
+    assert kinds(desk.want(HERE, Node(first.node))) == [Wait]
 
 
 def test_the_embedded_node_takes_over_at_once_and_never_runs_out(
     desk: LeaseDesk, clock: Clock, first: Node, second: Node
 ) -> None:
-    granted(desk, desk.want(HERE, first), 1)
+    granted(desk, desk.want(HERE, first))
     desk.want(HERE, second)
     house = Node(b"3" * 32, embedded=True)
     events = desk.want(HERE, house)
     assert events[0] == Ended(HERE, first, "the relay's own node has taken over")
-    assert granted(desk, events, 2) is house
+    assert granted(desk, events) is house
     clock.now = 1e6
     assert desk.tick() == []
     events = desk.lost(house)
-    assert granted(desk, events, 3) is second
+    assert granted(desk, events) is second
 
 
 def test_a_grant_whose_holder_went_meanwhile_does_not_stand(desk: LeaseDesk, first: Node) -> None:
     (grant,) = desk.want(HERE, first)
     assert isinstance(grant, Grant)
     desk.lost(first)
-    assert not desk.confirm(grant, 1)
+    assert not desk.confirm(grant)
     (again,) = desk.want(HERE, Node(first.node))
     assert isinstance(again, Grant)
-    assert again.keep is None, "nobody was told of epoch 1"
+    assert desk.confirm(again)
 
 
 def test_an_old_grant_of_the_same_holder_does_not_stand(desk: LeaseDesk, first: Node) -> None:
@@ -223,18 +221,17 @@ def test_an_old_grant_of_the_same_holder_does_not_stand(desk: LeaseDesk, first: 
     (new,) = desk.want(HERE, first)
     assert isinstance(old, Grant)
     assert isinstance(new, Grant)
-    assert not desk.confirm(old, 1)
+    assert not desk.confirm(old)
     assert desk.fail(old, "too late") == []
-    assert desk.confirm(new, 2)
+    assert desk.confirm(new)
 
 
 def test_asking_twice_is_answered_twice_and_changes_nothing(desk: LeaseDesk, first: Node) -> None:
     grants = desk.want(HERE, first)
     assert desk.want(HERE, first) == []
-    granted(desk, grants, 4)
-    (again,) = desk.want(HERE, first)
-    assert isinstance(again, Grant)
-    assert again.keep == 4
+    granted(desk, grants)
+    assert kinds(desk.want(HERE, first)) == [Grant]
+    assert desk.held(first) == (HERE,)
 
 
 class Desks(RuleBasedStateMachine):
@@ -246,6 +243,7 @@ class Desks(RuleBasedStateMachine):
         self.desk = LeaseDesk(self.clock, TTL_S)
         self.connections = [Node(bytes([key]) * 32, embedded=key == 3) for key in (1, 1, 2, 3)]
         self.epoch = 0
+        self.holder = b""
         self.grants: list[Grant] = []
         self.holding: dict[Node, int] = {}  # what each was told, and not told to be over
 
@@ -290,9 +288,10 @@ class Desks(RuleBasedStateMachine):
         if not works:
             self.take(self.desk.fail(grant, "the disk is full"))
             return
-        if grant.keep is None or grant.keep != self.epoch:
+        if grant.holder.node != self.holder:
             self.epoch += 1
-        if self.desk.confirm(grant, self.epoch):
+            self.holder = grant.holder.node
+        if self.desk.confirm(grant):
             assert isinstance(grant.holder, Node)
             before = self.holding.get(grant.holder, 0)
             assert self.epoch >= before
@@ -316,18 +315,20 @@ class Epochs:
 
     def __init__(self) -> None:
         self.epoch = 0
+        self.holder = b""
         self.turn = asyncio.Event()
         self.turn.set()
         self.fails = False
 
-    async def grant(self, conversation: str, node: bytes, keep: int | None) -> int:
+    async def grant(self, conversation: str, node: bytes) -> int:
         assert conversation == HERE
         assert len(node) == 32
         await self.turn.wait()
         if self.fails:
             raise StoreFailed("the disk is full")
-        if keep is None or keep != self.epoch:
+        if node != self.holder:
             self.epoch += 1
+            self.holder = node
         return self.epoch
 
 
@@ -409,3 +410,65 @@ async def test_nothing_is_granted_after_the_end(clock: Clock, first: Node) -> No
     epochs.turn.set()
     await settle()
     assert first.told == []
+
+
+# -- a node's side -----------------------------------------------------------------------------
+
+
+@dataclass
+class Wisher:
+    """A wish, and what it did."""
+
+    did: list[str] = field(default_factory=list)
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.wish = LeaseWish(self.ask, lambda: self.did.append("withdrew"), self.did.append)
+
+    def ask(self) -> None:
+        self.did.append("asked")
+        self.asked.set()
+
+
+LEASE = Granted(HERE, 3, bytes(32), bytes(64), TTL_S)
+
+
+async def test_a_wish_is_asked_once_and_again_when_told_to() -> None:
+    wisher = Wisher()
+    waiting = asyncio.create_task(wisher.wish.wait())
+    await settle()
+    assert wisher.did == ["asked"]
+    wisher.asked.clear()
+    wisher.wish.unleased(0.0, "another node has the lease")
+    await wisher.asked.wait()
+    wisher.wish.leased(LEASE)
+    assert await waiting == LEASE
+    assert await wisher.wish.wait() == LEASE
+    assert wisher.did == ["asked", "asked"]
+
+
+async def test_a_lease_that_ends_is_told_once() -> None:
+    wisher = Wisher()
+    wisher.wish.leased(LEASE)
+    wisher.wish.unleased(1.0, "taken over")
+    wisher.wish.unleased(1.0, "taken over")
+    assert wisher.did == ["taken over"]
+    assert wisher.wish.granted is None
+
+
+async def test_a_cancelled_wish_is_withdrawn() -> None:
+    wisher = Wisher()
+    waiting = asyncio.create_task(wisher.wish.wait())
+    await settle()
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert wisher.did == ["asked", "withdrew"]
+
+
+async def test_a_wish_that_cannot_come_true_says_so() -> None:
+    wisher = Wisher()
+    waiting = asyncio.create_task(wisher.wish.wait())
+    await settle()
+    wisher.wish.fail(StoreFailed("gone"))
+    with pytest.raises(StoreFailed):
+        await waiting
