@@ -14,9 +14,13 @@ export CRDT_LLM_MODELS ?= $(CURDIR)/$(VENV)/models
 # A model that is on disk is never looked up elsewhere.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install serve test demo bench lint types format wheel clean
+.PHONY: install serve test screenshots demo bench lint types format wheel clean
 
-install: $(VENV)/.installed $(CRDT_LLM_MODELS)/smollm2-135m/config.json
+# The page, as the relay serves it. Without npm there is none, and the relay serves a plain one.
+PAGE := crdt_llm/web/index.html
+WEB_SOURCES := $(shell find web -name node_modules -prune -o -type f -print)
+
+install: $(VENV)/.installed $(CRDT_LLM_MODELS)/smollm2-135m/config.json $(PAGE)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,11 +36,28 @@ tests/js/node_modules/.installed: tests/js/package.json tests/js/package-lock.js
 	cd tests/js && npm ci --no-audit --no-fund
 	touch $@
 
+ifneq ($(shell command -v npm),)
+web/node_modules/.installed: web/package.json web/page/package.json web/provider/package.json web/package-lock.json
+	cd web && npm ci --no-audit --no-fund
+	touch $@
+
+$(PAGE): $(WEB_SOURCES) | web/node_modules/.installed
+	cd web && npm run build --workspace page
+else
+$(PAGE):
+	@echo "npm is missing: the relay will serve its plain page" >&2
+endif
+
 serve: install
 	$(BIN)/crdt-llm serve
 
-test: install tests/js/node_modules/.installed
+test: install tests/js/node_modules/.installed web/node_modules/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist worksteal
+	cd web && OMP_NUM_THREADS=1 npm test
+
+# The pictures of the README, taken by the tests of the page.
+screenshots: install
+	cd web/page && OMP_NUM_THREADS=1 CRDT_LLM_SCREENSHOTS=../screenshots npx vitest run e2e/screenshots.test.ts
 
 demo: install
 	$(BIN)/python bench/demo.py
@@ -48,9 +69,11 @@ bench: install
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	@if test -d web/node_modules; then cd web && npm run lint; fi
 
 types: $(VENV)/.installed
 	$(BIN)/mypy
+	@if test -d web/node_modules; then cd web && npm run types; fi
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix
@@ -66,4 +89,4 @@ wheel: $(VENV)/.installed
 	$(VENV)/wheel-check/bin/python -c "from crdt_llm import Client"
 
 clean:
-	rm -rf $(VENV) dist tests/js/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) dist tests/js/node_modules web/node_modules crdt_llm/web .mypy_cache .ruff_cache .pytest_cache .hypothesis

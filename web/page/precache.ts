@@ -6,9 +6,9 @@ import { readdirSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import type { Plugin } from 'vite'
 
-const PLACE = '"precached files"'
+const PLACE = /(["'`])precached files\1/
 
-/** Puts `{ version, files }` where the worker names {@link PLACE}. */
+/** Puts `{ version, files }` where the worker says 'precached files'. */
 export function precache(worker: string): Plugin {
   let publicFolder = ''
   return {
@@ -31,11 +31,11 @@ export function precache(worker: string): Plugin {
           files.push(`/${name}`)
         }
         const chunk = bundle[worker]
-        if (chunk?.type !== 'chunk' || !chunk.code.includes(PLACE)) {
+        if (chunk?.type !== 'chunk' || !PLACE.test(chunk.code)) {
           throw new Error(`${worker} has no place for the list of files`)
         }
         const version = hash.digest('base64url').slice(0, 16)
-        chunk.code = chunk.code.replace(PLACE, JSON.stringify({ version, files }))
+        chunk.code = chunk.code.replace(PLACE, () => JSON.stringify({ version, files }))
       }
     }
   }

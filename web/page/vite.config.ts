@@ -1,7 +1,7 @@
 // The build of the page, into the folder of the Python package that the relay serves.
 
 import { defineConfig } from 'vitest/config'
-import { precache } from './precache'
+import { precache } from './precache.ts'
 
 export default defineConfig({
   oxc: { jsx: { runtime: 'automatic', importSource: 'preact' } },
