@@ -82,7 +82,13 @@ def is_withdrawn(conversation: Conversation, entry: str) -> bool:
     """Whether an entry is read as withdrawn: it was redacted, or it is a spoiled summary (P4)."""
     if conversation.is_redacted(entry):
         return True
-    return _is_summary(conversation, entry) and entry in read(conversation, entry).spoiled
+    return is_summary(conversation, entry) and entry in read(conversation, entry).spoiled
+
+
+def is_summary(conversation: Conversation, entry: str) -> bool:
+    """Whether an entry says that it stands for others."""
+    born = conversation.born(entry)
+    return born is not None and born.covers is not None and born.role is not Role.ASSISTANT
 
 
 def _known(reads: Iterable[str], before: Collection[str]) -> list[str]:
@@ -90,17 +96,12 @@ def _known(reads: Iterable[str], before: Collection[str]) -> list[str]:
     return [name for name in dict.fromkeys(reads) if name in known]
 
 
-def _is_summary(conversation: Conversation, entry: str) -> bool:
-    born = conversation.born(entry)
-    return born is not None and born.covers is not None and born.role is not Role.ASSISTANT
-
-
 def _covered(
     conversation: Conversation, name: str, order: list[str]
 ) -> tuple[tuple[str, str], range] | None:
     """A summary's first and last entry, and where in ``order`` they and all between them are."""
     born = conversation.born(name)
-    if born is None or born.covers is None or born.role is Role.ASSISTANT:
+    if born is None or born.covers is None or not is_summary(conversation, name):
         return None
     first, last = born.covers
     if first not in order or last not in order:

@@ -17,6 +17,8 @@ I5. Of a line's pending slots the last is answered. The ones before it become ``
 I6. A slot is admitted when its prompt is fixed and an engine can start on it; until then it waits
     without a place, so that it can still be stopped or superseded.
 I7. What was admitted and not yet read is prefilled when nothing else is to do.
+I8. What was withdrawn leaves nothing behind. As soon as no reply runs that read it, the engine
+    forgets it; what was written beside the withdrawal is deleted; a summary of it is withdrawn too.
 """
 
 from __future__ import annotations
@@ -48,6 +50,9 @@ class Situation:
         capacity: how many more replies may be started now.
         unanswered: with ``reply = auto``, admitted entries that want a slot and have none.
         cold: an admitted entry whose path should be in the KV cache and is not; or ``None``.
+        withdrawn: whether there is something that an engine is to forget, and can be told to.
+        leftovers: withdrawn entries that hold what they should not hold any more.
+        spoiled: summaries of ours that stand for something that was withdrawn.
     """
 
     tree: Tree
@@ -59,6 +64,9 @@ class Situation:
     capacity: int = 1
     unanswered: tuple[str, ...] = ()
     cold: str | None = None
+    withdrawn: bool = False
+    leftovers: tuple[str, ...] = ()
+    spoiled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,17 +132,43 @@ class Warm:
     entry: str
 
 
-Action = Nothing | TakeLease | End | Mark | Resume | Admit | Request | Warm
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Have the engine forget what was withdrawn."""
 
 
-def evaluate(situation: Situation) -> Action:  # noqa: PLR0911 - one return an invariant
+@dataclass(frozen=True, slots=True)
+class Clear:
+    """Delete what was written beside a withdrawal."""
+
+    entries: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Withdraw summaries of what was withdrawn."""
+
+    summaries: tuple[str, ...]
+
+
+Action = (
+    Nothing | TakeLease | End | Mark | Resume | Admit | Request | Warm | Forget | Clear | Withdraw
+)
+
+
+def evaluate(situation: Situation) -> Action:  # noqa: C901, PLR0911 - one branch an invariant
     """The next action. Pure and total; costs what is pending, not what was said before."""
     waiting = bool(situation.tree.pending)
+    if situation.withdrawn and not _is_misread(situation):  # I8
+        return Forget()
     if not situation.leased:  # I1
-        left = waiting or situation.open or situation.unmarked or situation.unanswered
-        return TakeLease() if left else Nothing()
+        return TakeLease() if waiting or _has_something_to_write(situation) else Nothing()
     if (ending := _to_end(situation)) is not None:  # I2
         return End(ending)
+    if situation.leftovers:  # I8
+        return Clear(situation.leftovers)
+    if situation.spoiled:
+        return Withdraw(situation.spoiled)
     if situation.unmarked:
         return Mark(situation.unmarked)
     if situation.capacity:
@@ -148,6 +182,21 @@ def evaluate(situation: Situation) -> Action:  # noqa: PLR0911 - one return an i
     if situation.cold is not None:  # I7
         return Warm(situation.cold)
     return Nothing()
+
+
+def _has_something_to_write(situation: Situation) -> bool:
+    return bool(
+        situation.open
+        or situation.unmarked
+        or situation.unanswered
+        or situation.leftovers
+        or situation.spoiled
+    )
+
+
+def _is_misread(situation: Situation) -> bool:
+    """Whether a reply runs that is to end: it may have read what an engine is to forget."""
+    return any(asked and slot in situation.running for slot, asked in situation.open.items())
 
 
 def _to_end(situation: Situation) -> str | None:
@@ -198,7 +247,9 @@ def _superseded(tree: Tree, slot: str) -> tuple[str, ...]:
 __all__ = [
     "Action",
     "Admit",
+    "Clear",
     "End",
+    "Forget",
     "Mark",
     "Nothing",
     "Request",
@@ -206,5 +257,6 @@ __all__ = [
     "Situation",
     "TakeLease",
     "Warm",
+    "Withdraw",
     "evaluate",
 ]

@@ -45,7 +45,7 @@ class Generation:
     Args:
         work: the workplace that it is written to.
         reply: the reply.
-        path: the entries before it with the number of their tokens.
+        segments: the entries that it is answered from, each with its ids.
         identity: what it is sealed and signed with.
         clock_ms: wall time.
     """
@@ -54,18 +54,23 @@ class Generation:
         self,
         work: Workplace,
         reply: Reply,
-        path: tuple[tuple[str, int], ...],
+        segments: tuple[tuple[str, tuple[int, ...]], ...],
         identity: Identity,
         clock_ms: Callable[[], int],
     ) -> None:
         self.reply = reply
         self.task: asyncio.Task[None] | None = None
         self._work = work
-        self._path = path
+        self._segments = segments
         self._identity = identity
         self._clock_ms = clock_ms
         self._durable: asyncio.Future[None] | None = None
         self._window: asyncio.TimerHandle | None = None
+
+    @property
+    def fed(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """What the engine was given: the entries in order, and this reply as far as it got."""
+        return (*self._segments, (self.reply.slot, self.reply.own_ids))
 
     async def run(self, engine: Engine, end_ids: frozenset[int]) -> Outcome:
         """Sample until the reply ends by itself.
@@ -107,9 +112,10 @@ class Generation:
 
     def _charge(self, prompt: int, reused: int) -> None:
         # Every reply behind one parent has the same opening.
-        parent = self._path[-1][0] if self._path else ""
+        spans = tuple((name, len(ids)) for name, ids in self._segments)
+        parent = spans[-1][0] if spans else ""
         opening = (f"{parent}/opening", len(self.reply.hidden.injected))
-        path = (*self._path, opening)
+        path = (*spans, opening)
         self._work.account.computed(path, reused=reused, prompt=prompt)
         self.reply.prefilled += self._work.account.charge(name for name, _ in path)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from crdt_llm.errors import CrdtLlmError, Unavailable
 from crdt_llm.inference.desk import RETRY_FIRST_S, RETRY_MAX_S, Desk
+from crdt_llm.inference.fed import Fed
 from crdt_llm.inference.turns import Turns
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ logger = logging.getLogger("crdt_llm.inference")
 
 REPLIES_MAX: Final = 8  # running at once: each holds a whole KV path in memory
 DESKS_MAX: Final = 1000  # replicas in memory; the least recently used idle one leaves first
+FED_MAX: Final = 2 * DESKS_MAX  # conversations of which is known what an engine was given
 
 
 class Node:
@@ -55,6 +57,7 @@ class Node:
         self.turns = Turns()
         self._running = 0
         self._desks: dict[str, tuple[Desk, asyncio.Task[None]]] = {}
+        self._fed: dict[str, Fed] = {}
         self._restarting: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -139,6 +142,14 @@ class Node:
     def _wake_all(self) -> None:
         for desk, _ in self._desks.values():
             desk.wake()
+
+    def fed(self, conversation: str) -> Fed:
+        """What engines were given of a conversation; the least recently used one is forgotten."""
+        fed = self._fed.pop(conversation, None) or Fed()
+        self._fed[conversation] = fed
+        if len(self._fed) > FED_MAX:
+            del self._fed[next(iter(self._fed))]
+        return fed
 
     def lost_engine(self, engine: Engine) -> None:
         """An engine died: start another one, once, however many replies notice it."""

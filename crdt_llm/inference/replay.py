@@ -68,18 +68,11 @@ async def replay(
         renderer: the model's.
         engine: makes the ids.
     """
-    withdrawn = False
     for name in path:
         entry = conversation.entry(name)
-        if entry is None:
+        if entry is None or not entry.is_slot or entry.place is None:
             continue
-        withdrawn = withdrawn or entry.redacted
-        if not entry.is_slot or entry.place is None:
-            continue
-        if withdrawn:
-            yield Replayed(name, skipped="behind a redaction")
-        else:
-            yield await _replay_one(entry, entry.place.parent, transcript, renderer, engine)
+        yield await _replay_one(entry, entry.place.parent, transcript, renderer, engine)
 
 
 async def _replay_one(
@@ -88,11 +81,15 @@ async def _replay_one(
     if not entry.sealed:
         return Replayed(entry.id, skipped="nothing was recorded")
     try:
-        hidden, before = transcript.hidden(entry), transcript.ids(parent)
+        hidden = transcript.hidden(entry)
+        reading = transcript.reading_of(entry.id, parent)
+        before = transcript.ids_of(reading)
     except BadProof as error:
         return Replayed(entry.id, problem=str(error))
     if hidden is None:
         return Replayed(entry.id, skipped="made with another tokenizer or template")
+    if transcript.count_withdrawn(reading) > hidden.params.get("withdrawn", 0):
+        return Replayed(entry.id, skipped="something that it read was withdrawn")
     if not hidden.sampled:
         return Replayed(entry.id, skipped="it ended before its first token")
     prompt, recorded = before + hidden.injected, hidden.sampled

@@ -103,6 +103,7 @@ class Reply:
         text: its text in the document plus what waits for the next flush.
         stream: the text function, one id at a time.
         chunk: the number of the next sealed chunk.
+        misled: whether something that it read was withdrawn before it could be resumed.
     """
 
     slot: str
@@ -119,17 +120,20 @@ class Reply:
     prefilled: int = 0
     asked_at_ms: int | None = None
     first_at_ms: int | None = None
+    misled: bool = False
 
     # -- beginning -----------------------------------------------------------------------------
 
     @classmethod
-    def begin(
+    def begin(  # noqa: PLR0913 - all that a reply begins from
         cls,
         slot: Entry,
         where: Where,
         before: tuple[int, ...],
         opened: Hidden,
         vocabulary: Vocabulary,
+        *,
+        withdrawn: int = 0,
     ) -> Reply:
         """A reply whose slot is being admitted.
 
@@ -139,8 +143,9 @@ class Reply:
             before: the ids of the path to its parent.
             opened: its hidden state, the opening only.
             vocabulary: turns ids into text.
+            withdrawn: how many of the entries that it reads are read as withdrawn.
         """
-        params = resolve(slot)
+        params = resolve(slot) | {"withdrawn": withdrawn}
         stream = TextStream(vocabulary, params["stop"])
         return cls(slot.id, where, before + opened.ids, params, opened, stream)
 
@@ -172,6 +177,16 @@ class Reply:
     def ids(self) -> tuple[int, ...]:
         """Everything that the engine has to read: the prompt and what was sampled."""
         return (*self.prompt, *self.hidden.sampled, *(token for token, _ in self.waiting))
+
+    @property
+    def own_ids(self) -> tuple[int, ...]:
+        """The ids that this reply adds to the prompt, as far as it got."""
+        return (*self.hidden.ids, *(token for token, _ in self.waiting))
+
+    @property
+    def withdrawn(self) -> int:
+        """How many of the entries that it reads were withdrawn when it began."""
+        return int(self.params.get("withdrawn", 0))
 
     @property
     def sampled(self) -> int:

@@ -18,26 +18,30 @@ from crdt_llm.document.schema import SALT_BYTES, Born, Place, Role, State, Usage
 from crdt_llm.document.seal import Where, place_of
 from crdt_llm.errors import (
     BadProof,
-    EngineBusy,
     EngineDied,
     LeaseLost,
     PromptTooLong,
     RemoteMisuse,
     Unavailable,
 )
+from crdt_llm.inference.ahead import Ahead
 from crdt_llm.inference.evaluate import (
     Admit,
+    Clear,
     End,
+    Forget,
     Mark,
     Nothing,
     Request,
     Resume,
     TakeLease,
     Warm,
+    Withdraw,
     evaluate,
 )
 from crdt_llm.inference.generation import Generation, Outcome
 from crdt_llm.inference.reply import Reply, describe
+from crdt_llm.inference.workplace import PRINCIPAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
         Action,
         Situation,
     )
+    from crdt_llm.inference.fed import Fed
     from crdt_llm.inference.prompt import Renderer
     from crdt_llm.inference.reply import Identity
     from crdt_llm.inference.seat import Lease, Surroundings
@@ -58,7 +63,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("crdt_llm.inference")
 
-PRINCIPAL: Final = "node"  # who the node is in `born.author` of the slots that it adds
 TROUBLES_MAX: Final = 3  # a reply that kills its engine, or is refused, this often has failed
 BUSY_S: Final = 0.2  # before a reply asks an engine again that had no room
 
@@ -97,6 +101,10 @@ class Shared(Protocol):
         """An engine died under somebody's hands."""
         ...
 
+    def fed(self, conversation: str) -> Fed:
+        """What engines were given of a conversation; outlives a sitting."""
+        ...
+
 
 class Sitting:
     """The node at work in one conversation, from taking a seat to losing it.
@@ -122,8 +130,8 @@ class Sitting:
         self._id = conversation
         self._wake = wake
         self._troubles = troubles
-        self._cold: dict[str, None] = {}  # ends of paths to be read ahead, the oldest first
-        self._warming: tuple[str, asyncio.Task[None]] | None = None
+        self._fed = shared.fed(conversation)
+        self._ahead = Ahead(shared, conversation, work, self._fed, wake)
         self._lease: Lease | None = None
         self._asking: asyncio.Task[None] | None = None  # for the lease
         self._running: dict[str, Generation] = {}
@@ -133,7 +141,7 @@ class Sitting:
     def idle(self) -> bool:
         """Whether nothing runs and nothing waits."""
         pending = self.work.conversation.tree.pending
-        return not (self._running or self._warming or pending or self.work.has_open)
+        return not (self._running or self._ahead.busy or pending or self.work.has_open)
 
     async def act(self) -> bool:
         """Do the one next thing. Says whether there was one."""
@@ -153,13 +161,11 @@ class Sitting:
     async def end(self) -> None:
         """Leave everything as it is: replies that stream go on after the next sitting began."""
         tasks = [one.task for one in self._running.values() if one.task is not None]
-        if self._warming is not None:
-            tasks.append(self._warming[1])
         if self._asking is not None:
             tasks.append(self._asking)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, self._ahead.stop(), return_exceptions=True)
         self._shared.occupy(-len(self._running))
         self._running.clear()
 
@@ -169,12 +175,14 @@ class Sitting:
             self.work.find_lease(self._lease)
         ready = shared.engine is not None
         # One path at a time: two that interrupt each other would never come to an end.
-        at_rest = ready and not self._running and self._warming is None
-        return self.work.situation(
+        at_rest = ready and not self._running and not self._ahead.busy
+        situation = self.work.situation(
             running=frozenset(self._running),
             capacity=shared.capacity if ready else 0,
-            cold=next(iter(self._cold), None) if at_rest else None,
+            cold=self._ahead.cold if at_rest else None,
         )
+        withdrawn = situation.withdrawn or bool(self._fed.drops)
+        return replace(situation, withdrawn=ready and withdrawn)
 
     async def _do(self, action: Action) -> None:
         match action:
@@ -184,16 +192,30 @@ class Sitting:
                 await self._record_lease()
             case End(slot):
                 await self._stop(slot)
-            case Mark(slots):
-                await self.work.write(lambda writer: _mark(writer, slots, State.STOPPED))
             case Resume(slot):
                 await self._resume(slot)
             case Admit():
                 await self._admit(action)
-            case Request(after):
-                await self.work.write(lambda writer: self._request(writer, after))
             case Warm(entry):
-                self._warm(entry)
+                self._ahead.start(entry)
+            case Forget():
+                await self._forget()
+            case Mark() | Request() | Clear() | Withdraw():
+                await self.work.write(lambda writer: self._note_down(writer, action))
+
+    def _note_down(self, writer: Writer, action: Mark | Request | Clear | Withdraw) -> None:
+        match action:
+            case Mark(slots):
+                _mark(writer, slots, State.STOPPED)
+            case Request(after):
+                self._request(writer, after)
+            case Clear(entries):
+                for entry in entries:
+                    writer.clear(entry)
+            case Withdraw(summaries):
+                now = self._shared.surroundings.clock_ms()
+                for summary in summaries:
+                    writer.redact(summary, PRINCIPAL, now)
 
     def _ask_for_lease(self) -> None:
         if self._asking is None:
@@ -226,7 +248,7 @@ class Sitting:
         last = action.entries[-1] if action.entries else action.parent
         slot = action.slot
         if slot is None:
-            self._read_ahead(last)
+            self._ahead.plan(last)
             await self.work.write(self._place(action)[1])
             return
         try:
@@ -296,10 +318,17 @@ class Sitting:
             BadProof: something on the path cannot be read.
         """
         entry, transcript = self.work.present(slot), self.work.transcript
-        before = transcript.ids(parent)
-        opened = transcript.opened(entry, parent)
-        reply = Reply.begin(entry, where, before, opened, self._shared.vocabulary)
-        return self._generation(reply, parent)
+        reading = transcript.reading_of(slot, parent)
+        opened = transcript.opened(entry, parent, reading)
+        reply = Reply.begin(
+            entry,
+            where,
+            transcript.ids_of(reading),
+            opened,
+            self._shared.vocabulary,
+            withdrawn=transcript.count_withdrawn(reading),
+        )
+        return self._generation(reply, reading)
 
     def _check_fits(self, reply: Reply) -> None:
         positions = self._positions()
@@ -309,10 +338,10 @@ class Sitting:
                 f"{positions} positions: fork from an earlier entry or begin a new conversation"
             )
 
-    def _generation(self, reply: Reply, parent: str) -> Generation:
+    def _generation(self, reply: Reply, reading: tuple[str, ...]) -> Generation:
         shared = self._shared
-        path = self.work.path(parent)
-        return Generation(self.work, reply, path, shared.identity, shared.surroundings.clock_ms)
+        segments = self.work.transcript.segments(reading)
+        return Generation(self.work, reply, segments, shared.identity, shared.surroundings.clock_ms)
 
     def _positions(self) -> int:
         engine = self._shared.engine
@@ -325,8 +354,9 @@ class Sitting:
     async def _start(self, generation: Generation) -> None:
         slot = generation.reply.slot
         self._running[slot] = generation
+        self._fed.note(generation.fed)
         self._shared.occupy(1)  # before anyone else gets to run: the last place is taken once
-        await self._stop_warming()
+        await self._ahead.stop()
         generation.task = asyncio.create_task(self._run(generation), name=f"reply {slot}")
 
     async def _run(self, generation: Generation) -> None:
@@ -365,7 +395,8 @@ class Sitting:
         """Go on with a reply that the document says is streaming (I3)."""
         try:
             parent = self.work.conversation.tree.up(slot)
-            if await self.work.transcript.load(parent, self._positions()):
+            reading = self.work.transcript.reading_of(slot, parent)
+            if await self.work.transcript.load_reading(reading, self._positions()):
                 return  # others were let go on: decide anew
             generation = self._reopen(slot)
             self._check_fits(generation.reply)
@@ -375,10 +406,12 @@ class Sitting:
         trouble = self._troubles.get(slot)
         finish = generation.reply.finished(self._shared.renderer.end_ids)
         if finish is not None:
-            await self._write_end(generation.reply, Outcome(State.DONE, finish))
+            await self._write_end(generation, Outcome(State.DONE, finish))
+        elif generation.reply.misled:
+            await self._write_end(generation, Outcome(State.STOPPED, "redacted"))
         elif trouble is not None and trouble.count >= TROUBLES_MAX:
             failed = Outcome(State.FAILED, "error", (trouble.code, trouble.message))
-            await self._write_end(generation.reply, failed)
+            await self._write_end(generation, failed)
         else:
             await self._start(generation)
 
@@ -395,9 +428,11 @@ class Sitting:
         if hidden.model != ours:
             # Nobody may claim that one model made all of it.
             hidden = replace(hidden, model=f"{hidden.model}+{ours}")
-        before = transcript.ids(parent)
+        reading = transcript.reading_of(slot, parent)
+        before = transcript.ids_of(reading)
         reply = Reply.resume(entry, where, before, hidden, self._shared.vocabulary)
-        return self._generation(reply, parent)
+        reply.misled = transcript.count_withdrawn(reading) > reply.withdrawn
+        return self._generation(reply, reading)
 
     def _where(self, reply: Entry) -> Where:
         """The place of a reply, with the epoch under which it goes on: ours, whoever began it."""
@@ -410,7 +445,7 @@ class Sitting:
             return
         self._shared.occupy(-1)
         if outcome is not None:
-            await self._write_end(generation.reply, outcome)
+            await self._write_end(generation, outcome)
 
     async def _stop(self, slot: str) -> None:
         """End a reply that somebody stopped, with what it has (I2)."""
@@ -424,15 +459,19 @@ class Sitting:
         else:
             try:
                 parent = self.work.conversation.tree.up(slot)
-                if await self.work.transcript.load(parent, sys.maxsize):
+                reading = self.work.transcript.reading_of(slot, parent)
+                if await self.work.transcript.load_reading(reading, sys.maxsize):
                     return  # others were let go on: decide anew
                 generation = self._reopen(slot)
             except BadProof as error:
                 await self._give_up(slot, *describe(error))
                 return
-        await self._write_end(generation.reply, Outcome(State.STOPPED, "stopped"))
+        withdrawn = self.work.is_misled(slot) or self.work.conversation.is_redacted(slot)
+        finish = "redacted" if withdrawn or generation.reply.misled else "stopped"
+        await self._write_end(generation, Outcome(State.STOPPED, finish))
 
-    async def _write_end(self, reply: Reply, outcome: Outcome) -> None:
+    async def _write_end(self, generation: Generation, outcome: Outcome) -> None:
+        reply = generation.reply
         conversation, identity = self.work.conversation, self._shared.identity
         now = self._shared.surroundings.clock_ms()
         resident = len(reply.hidden.injected) + max(reply.sampled - 1, 0)
@@ -447,12 +486,13 @@ class Sitting:
                 error=outcome.error,
             )
         )
+        self._fed.note(generation.fed)
         if not conversation.has(reply.slot, "redacted"):
             self.work.transcript.keep(reply.slot, reply.hidden)
             self.work.account.sampled(reply.slot, resident)
         # What an engine dies of is not read ahead: whoever asks again takes that upon them.
         if self._troubles.pop(reply.slot, None) is None:
-            self._read_ahead(reply.slot)
+            self._ahead.plan(reply.slot)
         if not self.work.has_open:
             conversation.release_seal()
         await durable
@@ -483,51 +523,24 @@ class Sitting:
 
         await self.work.write(write)
 
-    # -- prefill on merge ----------------------------------------------------------------------
+    # -- what was withdrawn --------------------------------------------------------------------
 
-    def _read_ahead(self, entry: str) -> None:
-        """Have a path read when nothing else is to do; it includes what its line has before it."""
-        tree = self.work.conversation.tree
-        for other in [one for one in self._cold if tree.line(one) == tree.line(entry)]:
-            del self._cold[other]
-        self._cold[entry] = None
-
-    def _warm(self, entry: str) -> None:
-        self._cold.pop(entry, None)
-        self._warming = entry, asyncio.create_task(self._prefill(entry), name=f"warm {entry}")
-
-    async def _stop_warming(self) -> None:
-        """Interrupt what is read ahead; what was computed stays, the rest is done later."""
-        if self._warming is None:
-            return
-        (entry, task), self._warming = self._warming, None
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            if self.work.conversation.tree.tip(entry) == entry:
-                self._read_ahead(entry)
-
-    async def _prefill(self, entry: str) -> None:
-        engine = self._shared.engine
+    async def _forget(self) -> None:
+        """Have the engine forget what was withdrawn, and what was computed from it (I8)."""
+        await self._ahead.stop()  # it may be just reading it
+        engine, tree = self._shared.engine, self.work.conversation.tree
+        for entry in self.work.take_withdrawn():
+            self._fed.withdraw(entry)
+            if tree.is_admitted(entry):
+                self._ahead.plan(tree.tip(entry))
         if engine is None:
             return
         try:
-            while await self.work.transcript.load(entry, engine.capabilities.positions):
-                pass
-            ids = self.work.transcript.ids(entry)
-            if not ids:
-                return
-            done = await engine.warm(ids)
-            path = self.work.path(entry)
-            self.work.account.computed(path, reused=done.reused, prompt=done.prompt)
+            while self._fed.drops:
+                await engine.forget(self._fed.drops[0].ids, self._fed.drops[0].keep)
+                self._fed.drops.popleft()
         except EngineDied:
             self._shared.lost_engine(engine)
-        except (EngineBusy, PromptTooLong, BadProof) as error:
-            logger.info("conversation %s is not prefilled ahead: %s", self._id, error)
-        finally:
-            if self._warming is not None and self._warming[1] is asyncio.current_task():
-                self._warming = None
-            self._wake()
 
 
 def _mark(writer: Writer, slots: tuple[str, ...], state: State) -> None:

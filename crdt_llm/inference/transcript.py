@@ -85,6 +85,10 @@ class Transcript:
         """The entries that a slot behind ``parent`` is answered from."""
         return read_of(self._conversation, slot, parent)
 
+    def count_withdrawn(self, reading: Sequence[str]) -> int:
+        """How many of the entries are read as withdrawn."""
+        return sum(is_withdrawn(self._conversation, name) for name in reading)
+
     # -- replies -------------------------------------------------------------------------------
 
     def hidden(self, reply: Entry) -> Hidden | None:
@@ -250,23 +254,12 @@ class Transcript:
 
     def ids_of(self, reading: Sequence[str]) -> tuple[int, ...]:
         """The prompt of a reading: every segment in order."""
-        pairs = pairwise((ROOT, *reading))
-        return tuple(token for before, name in pairs for token in self.segment(name, before))
+        return tuple(token for _, ids in self.segments(reading) for token in ids)
 
-    def spans(self, reading: Sequence[str]) -> tuple[tuple[str, int], ...]:
-        """The entries of a reading with the number of their tokens."""
+    def segments(self, reading: Sequence[str]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The entries of a reading, each with its ids."""
         pairs = pairwise((ROOT, *reading))
-        return tuple((name, len(self.segment(name, before))) for before, name in pairs)
-
-    def known_ids(self, reading: Sequence[str]) -> tuple[int, ...] | None:
-        """As :meth:`ids_of`, of what was rendered before; ``None`` if any of it was not."""
-        ids: list[int] = []
-        for before, name in pairwise((ROOT, *reading)):
-            known = self._segments.get(name, {}).get(before)
-            if known is None:
-                return None
-            ids += known
-        return tuple(ids)
+        return tuple((name, self.segment(name, before)) for before, name in pairs)
 
     async def _encode_aside(self, name: str, before: str) -> None:
         segments = self._segments

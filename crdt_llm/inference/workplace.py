@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from crdt_llm.document.schema import ENDED, Role
+from crdt_llm.document.reading import is_summary, is_withdrawn
+from crdt_llm.document.schema import ENDED, REDACTION_DELETES, Role
 from crdt_llm.errors import BadProof, LocalMisuse
 from crdt_llm.inference.accounting import PrefillAccount
 from crdt_llm.inference.evaluate import Situation
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from crdt_llm.inference.seat import Lease, Seat
     from crdt_llm.inference.transcript import Transcript
 
+PRINCIPAL: Final = "node"  # who the node is in `born.author` of the entries that it writes
+
 
 @dataclass(slots=True)
 class _Marks:
@@ -35,6 +38,18 @@ class _Marks:
     open: dict[str, bool] = field(default_factory=dict)  # placed, not ended -> to end now
     unmarked: dict[str, None] = field(default_factory=dict)  # to end, never placed
     seen_at_ms: dict[str, int] = field(default_factory=dict)  # waiting for a place
+    misled: set[str] = field(default_factory=set)  # open, and read what was withdrawn since
+
+
+@dataclass(slots=True)
+class _Redactions:
+    """What was withdrawn, and what is to be done about it."""
+
+    seen: set[str] = field(default_factory=set)
+    fed: dict[str, None] = field(default_factory=dict)  # the engine may have read it
+    leftovers: dict[str, None] = field(default_factory=dict)  # redacted, and something is left
+    summaries: set[str] = field(default_factory=set)  # every entry that covers others
+    spoiled: dict[str, None] = field(default_factory=dict)  # ours, to be withdrawn too
 
 
 class Workplace:
@@ -62,6 +77,7 @@ class Workplace:
         self.was_of_use = False  # whether anything became durable from here
         self._clock_ms = clock_ms
         self._marks = _Marks()
+        self._redactions = _Redactions()
         self._epoch: int | None = None
         # Bounded by its writers: each waits for its own update before it makes another.
         self._outbox: asyncio.Queue[tuple[bytes, asyncio.Future[None]]] = asyncio.Queue()
@@ -122,23 +138,73 @@ class Workplace:
     def _note(self, change: Change) -> None:
         """Keep the marks current: costs what the change touched."""
         conversation, marks = self.conversation, self._marks
-        if any(edit.key == "redacted" for edit in change.edits):
-            self.transcript.forget()
+        self._note_redactions(change)
         for name in change.structure:
             born = conversation.born(name)
             if born is None or born.role is not Role.ASSISTANT:
                 continue
-            asked = conversation.has(name, "stop") or conversation.has(name, "redacted")
+            asked = conversation.has(name, "stop") or conversation.is_redacted(name)
             marks.open.pop(name, None)
             marks.unmarked.pop(name, None)
             if conversation.state(name) in ENDED:
                 marks.seen_at_ms.pop(name, None)
+                marks.misled.discard(name)
             elif conversation.tree.is_admitted(name):
-                marks.open[name] = asked
+                marks.open[name] = asked or name in marks.misled
             elif asked:
                 marks.unmarked[name] = None
             else:
                 marks.seen_at_ms.setdefault(name, self._clock_ms())
+
+    def _note_redactions(self, change: Change) -> None:
+        conversation, redactions = self.conversation, self._redactions
+        for name in change.structure:
+            if is_summary(conversation, name):
+                redactions.summaries.add(name)
+        touched = [name for name in change.entries if conversation.is_redacted(name)]
+        for name in touched:
+            if any(conversation.has(name, key) for key in REDACTION_DELETES):
+                redactions.leftovers[name] = None
+            else:
+                redactions.leftovers.pop(name, None)
+            redactions.spoiled.pop(name, None)
+        fresh = {name for name in touched if name not in redactions.seen}
+        if not fresh:
+            return
+        self.transcript.forget()
+        for name in sorted(redactions.summaries - redactions.seen - fresh):
+            if is_withdrawn(conversation, name):
+                fresh.add(name)
+                if conversation.has(name, "place") and self._is_ours(name):
+                    redactions.spoiled[name] = None
+        redactions.seen |= fresh
+        redactions.fed |= dict.fromkeys(sorted(fresh))
+        # What came withdrawn was never read. A reply that began before this replica was filled
+        # says itself what it read.
+        self._mislead({edit.entry for edit in change.edits if edit.path} & fresh)
+
+    def _mislead(self, withdrawn: set[str | None]) -> None:
+        """Replies that were begun from what is withdrawn now are to end."""
+        tree, marks = self.conversation.tree, self._marks
+        for slot in marks.open if withdrawn else ():
+            if not withdrawn.isdisjoint(self.conversation.reads(slot) or tree.path(slot)):
+                marks.misled.add(slot)
+                marks.open[slot] = True
+
+    def _is_ours(self, name: str) -> bool:
+        born = self.conversation.born(name)
+        return born is not None and born.author == PRINCIPAL
+
+    # -- what was withdrawn --------------------------------------------------------------------
+
+    def is_misled(self, slot: str) -> bool:
+        """Whether a reply that is not at its end was begun from what is withdrawn now."""
+        return slot in self._marks.misled
+
+    def take_withdrawn(self) -> tuple[str, ...]:
+        """What the engine has to forget; whoever asks sees to it."""
+        withdrawn, self._redactions.fed = tuple(self._redactions.fed), {}
+        return withdrawn
 
     def situation(self, *, running: frozenset[str], capacity: int, cold: str | None) -> Situation:
         """What a decision depends on, now."""
@@ -153,6 +219,9 @@ class Workplace:
             capacity=capacity,
             unanswered=self._unanswered() if policy.reply == "auto" else (),
             cold=cold,
+            withdrawn=bool(self._redactions.fed),
+            leftovers=tuple(self._redactions.leftovers),
+            spoiled=tuple(self._redactions.spoiled),
         )
 
     def _unanswered(self) -> tuple[str, ...]:
@@ -215,8 +284,3 @@ class Workplace:
         if entry is None:
             raise BadProof(f"entry {name} cannot be read any more")
         return entry
-
-    def path(self, entry: str) -> tuple[tuple[str, int], ...]:
-        """The entries of a path with the number of their tokens, from the root."""
-        path = self.conversation.tree.path(entry)
-        return tuple((name, len(self.transcript.segment(name))) for name in path)

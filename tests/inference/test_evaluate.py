@@ -10,7 +10,9 @@ from crdt_llm.document.tree import Facts, Tree
 from crdt_llm.inference.evaluate import (
     ADMIT_MAX,
     Admit,
+    Clear,
     End,
+    Forget,
     Mark,
     Nothing,
     Request,
@@ -18,6 +20,7 @@ from crdt_llm.inference.evaluate import (
     Situation,
     TakeLease,
     Warm,
+    Withdraw,
     evaluate,
 )
 
@@ -174,3 +177,22 @@ def test_following_evaluate_admits_everything_pending_each_behind_its_up(facts: 
     assert facts.pending == ()
     for entry in facts.entries:
         assert facts.is_admitted(entry) or facts.facts(entry).slot
+
+
+def test_i8_the_engine_forgets_as_soon_as_nothing_runs_that_read_it() -> None:
+    facts = tree(Facts(A, 1, slot=True, parent="", epoch=1), Facts(B, 2, after=A))
+    running = Situation(facts, open={A: True}, running=frozenset({A}), withdrawn=True)
+    assert evaluate(running) == End(A)
+    assert evaluate(Situation(facts, open={A: True}, withdrawn=True)) == Forget()
+    other = Situation(facts, open={A: False}, running=frozenset({A}), withdrawn=True)
+    assert evaluate(other) == Forget()
+    assert evaluate(Situation(facts, withdrawn=True, leased=False)) == Forget()
+
+
+def test_i8_what_was_written_beside_a_withdrawal_goes_before_anything_is_admitted() -> None:
+    facts = tree(Facts(A, 1, parent="", epoch=1, ended=True), Facts(B, 2, after=A))
+    assert evaluate(Situation(facts, leftovers=(A,))) == Clear((A,))
+    assert evaluate(Situation(facts, spoiled=(A,))) == Withdraw((A,))
+    admitted = tree(Facts(A, 1, parent="", epoch=1, ended=True))
+    assert evaluate(Situation(admitted, leftovers=(A,), leased=False)) == TakeLease()
+    assert evaluate(Situation(admitted, spoiled=(A,), leased=False)) == TakeLease()
