@@ -1,42 +1,109 @@
 """The node that ``crdt-llm serve`` runs beside the relay, in the same process.
 
-This module owns its keys, its one lease, and the seat that it takes in the relay's rooms.
+This module owns its keys, the seats that it takes in the relay's rooms, and its leases, which it
+gets at the same desk as every other node.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from crdt_llm.document.chain import lease_message
 from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.document.seal import Sealer
+from crdt_llm.errors import ConnectionLost, LeaseLost, Refused
 from crdt_llm.inference.node import Node
 from crdt_llm.inference.process import EngineProcess
 from crdt_llm.inference.prompt import Renderer
 from crdt_llm.inference.reply import Identity
 from crdt_llm.inference.seat import Lease, Surroundings
 from crdt_llm.inference.tokens import Vocabulary
+from crdt_llm.sync.frames import Code
+from crdt_llm.sync.leases import LeaseWish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from crdt_llm.cli.folders import DataFolder
+    from crdt_llm.errors import CrdtLlmError
     from crdt_llm.inference.engine import Engine
     from crdt_llm.sync.hub import Hub, Membership
+    from crdt_llm.sync.leases import Granted, LeaseOffice
 
-EPOCH: Final = 1  # one node for good: nobody else can hold the lease of an embedded one
 NODE: Final = "node"
 
 
-class RoomSeat:
-    """The node's seat in a room of this process."""
+class EmbeddedSeats:
+    """The seats of a node in this process's rooms, and its place at the lease desk.
 
-    def __init__(self, membership: Membership, lease: Lease) -> None:
+    Args:
+        hub: the rooms.
+        node: the node's public key.
+        office: where leases are had.
+    """
+
+    embedded = True
+
+    def __init__(self, hub: Hub, node: bytes, office: LeaseOffice) -> None:
+        self.node = node
+        self._hub = hub
+        self._office = office
+        self._seats: dict[str, RoomSeat] = {}
+
+    async def take(
+        self, conversation: str, deliver: Callable[[bytes], None], lost: Callable[[], None]
+    ) -> RoomSeat:
+        """See :class:`~crdt_llm.inference.seat.TakeSeat`."""
+        wish = LeaseWish(
+            lambda: self._office.want(conversation, self),
+            lambda: self._office.give_back(conversation, self),
+            lambda _: lost(),
+        )
+
+        def over(error: CrdtLlmError) -> None:
+            wish.fail(error)
+            lost()
+
+        membership = await self._hub.join(conversation, NODE, node=True, deliver=deliver, lost=over)
+        seat = RoomSeat(membership, wish, lambda: self._leave(conversation))
+        self._seats[conversation] = seat
+        return seat
+
+    def _leave(self, conversation: str) -> None:
+        self._seats.pop(conversation, None)
+        self._office.give_back(conversation, self)
+
+    # -- for the office ------------------------------------------------------------------------
+
+    def leased(self, lease: Granted) -> None:
+        """See :class:`~crdt_llm.sync.leases.LeaseHolder`."""
+        seat = self._seats.get(lease.conversation)
+        if seat is not None:
+            seat.leased(lease)
+
+    def unleased(self, conversation: str, retry_s: float, reason: str) -> None:
+        """See :class:`~crdt_llm.sync.leases.LeaseHolder`."""
+        seat = self._seats.get(conversation)
+        if seat is not None:
+            seat.unleased(retry_s, reason)
+
+
+class RoomSeat:
+    """The node's seat in a room of this process.
+
+    Args:
+        membership: its place in the room.
+        wish: its wish for the lease.
+        left: called when it is given back.
+    """
+
+    def __init__(self, membership: Membership, wish: LeaseWish, left: Callable[[], None]) -> None:
         self._membership = membership
-        self._lease = lease
+        self._wish = wish
+        self._left = left
 
     @property
     def state(self) -> bytes:
@@ -45,15 +112,33 @@ class RoomSeat:
 
     async def lease(self) -> Lease:
         """See :class:`~crdt_llm.inference.seat.Seat`."""
-        return self._lease
+        granted = await self._wish.wait()
+        return Lease(granted.epoch, granted.node, granted.signature)
 
     async def submit(self, update: bytes) -> None:
         """See :class:`~crdt_llm.inference.seat.Seat`."""
-        await self._membership.submit(update)
+        try:
+            await self._membership.submit(update)
+        except Refused as error:
+            if error.code == Code.STALE_EPOCH:
+                raise LeaseLost(str(error)) from error
+            raise
 
     async def leave(self) -> None:
         """See :class:`~crdt_llm.inference.seat.Seat`."""
         self._membership.leave()
+        self._wish.fail(ConnectionLost("this seat was left"))
+        self._left()
+
+    def leased(self, lease: Granted) -> None:
+        """Write under this lease from now on."""
+        self._membership.author = replace(self._membership.author, epoch=lease.epoch)
+        self._wish.leased(lease)
+
+    def unleased(self, retry_s: float, reason: str) -> None:
+        """Write under no lease from now on."""
+        self._membership.author = replace(self._membership.author, epoch=None)
+        self._wish.unleased(retry_s, reason)
 
 
 def now_ms() -> int:
@@ -61,32 +146,22 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def make_node(folder: DataFolder, hub: Hub, model_dir: Path) -> Node:
+def make_node(folder: DataFolder, hub: Hub, model_dir: Path, office: LeaseOffice) -> Node:
     """A node that sits in the hub's rooms.
 
     Raises:
         ModelUnusable: the model's tokenizer or template cannot be used.
     """
-    relay_key = SigningKey(load_or_create_secret(folder.key("relay")))
     node_key = SigningKey(load_or_create_secret(folder.key("node")))
     master = load_or_create_secret(folder.key("master"))
     vocabulary = Vocabulary.load(model_dir)
     renderer = Renderer.learn(model_dir, vocabulary)
 
-    async def take_seat(
-        conversation: str, deliver: Callable[[bytes], None], lost: Callable[[], None]
-    ) -> RoomSeat:
-        membership = await hub.join(
-            conversation, NODE, node=True, deliver=deliver, lost=lambda _: lost()
-        )
-        node = node_key.public
-        signature = relay_key.sign(lease_message(conversation, EPOCH, node))
-        return RoomSeat(membership, Lease(EPOCH, node, signature))
-
     async def start_engine() -> Engine:
         return await EngineProcess.start(model_dir)
 
-    surroundings = Surroundings(take_seat, start_engine, now_ms, os.urandom)
+    seats = EmbeddedSeats(hub, node_key.public, office)
+    surroundings = Surroundings(seats.take, start_engine, now_ms, os.urandom)
     sealer = Sealer(master, os.urandom)
     identity = Identity(node_key, sealer, os.urandom, str(model_dir.name), renderer.id)
     return Node(surroundings, renderer, vocabulary, identity)

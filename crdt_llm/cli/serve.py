@@ -11,17 +11,20 @@ import asyncio
 import logging
 import signal
 import sys
+import time
 from contextlib import AsyncExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from filelock import FileLock, Timeout
 
 from crdt_llm.cli.folders import DataFolder
-from crdt_llm.document.keys import load_or_create_secret
+from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.errors import Corrupt, DataFolderBusy, ModelUnusable
+from crdt_llm.store.register import SqliteRegister
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.sync.access import TokenAccess, load_or_create_token
 from crdt_llm.sync.hub import Hub
+from crdt_llm.sync.leases import LeaseOffice
 from crdt_llm.sync.relay import Relay
 
 if TYPE_CHECKING:
@@ -134,13 +137,18 @@ async def serve(folder: DataFolder, *, host: str, port: int, model_dir: Path | N
         token = load_or_create_token(folder.token)
         log = await SqliteLog.open(folder.log)
         stack.push_async_callback(log.close)
-        hub = Hub(log)
+        register = await SqliteRegister.open(folder.register)
+        stack.push_async_callback(register.close)
+        relay_key = SigningKey(load_or_create_secret(folder.key("relay")))
+        hub = Hub(log, register=register, relay_key=relay_key.public)
+        office = LeaseOffice(hub.grant_epoch, relay_key.sign, clock=time.monotonic)
+        stack.push_async_callback(office.close)
         node = None
         if model_dir is not None:
             with _naming(model_dir):
                 from crdt_llm.cli.embedded_node import make_node  # noqa: PLC0415 - see the docstring
 
-                node = make_node(folder, hub, model_dir)
+                node = make_node(folder, hub, model_dir, office)
         relay = Relay(
             hub,
             authenticate=TokenAccess(token).authenticate,

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final, assert_never
 
 from crdt_llm.document.schema import is_conversation_id
@@ -23,6 +24,7 @@ from crdt_llm.errors import (
     Unavailable,
 )
 from crdt_llm.store.register import MemoryRegister
+from crdt_llm.sync.drafts import Drafts
 from crdt_llm.sync.room import Peer, Room, Submission
 from crdt_llm.sync.verdict import (
     NO_SUCH_CONVERSATION,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from crdt_llm.errors import CrdtLlmError
     from crdt_llm.store.log import Stored, UpdateLog
     from crdt_llm.store.register import Register
+    from crdt_llm.sync.drafts import Listener
     from crdt_llm.sync.room import Delivery
     from crdt_llm.sync.verdict import Verdict
     from crdt_llm.sync.wire import AwarenessState
@@ -79,9 +82,12 @@ class Membership(Peer):
         node: bool,
         deliver: Callable[[bytes], None],
         lost: Callable[[CrdtLlmError], None],
+        drafts: Callable[[], Callable[[], None]] | None = None,
     ) -> None:
         super().__init__(principal, node=node)
         self.state = b""
+        self._listen = drafts
+        self._stop_listening: Callable[[], None] | None = None
         self._deliver = deliver
         self._lost = lost
         self._room: Room | None = None
@@ -130,6 +136,8 @@ class Membership(Peer):
         """See :class:`~crdt_llm.sync.room.Peer`."""
         self._room = room
         self.state = room.diff()
+        if self._listen is not None:
+            self._stop_listening = self._listen()
 
     def settle(self, submission: Submission, verdict: Verdict, room: Room) -> None:
         """See :class:`~crdt_llm.sync.room.Peer`."""
@@ -156,6 +164,9 @@ class Membership(Peer):
     def _end(self, error: CrdtLlmError) -> None:
         if self._over is None:
             self._over = error
+        if self._stop_listening is not None:
+            self._stop_listening()
+            self._stop_listening = None
         for waiting in tuple(self._waiting):
             if not waiting.done():
                 waiting.set_exception(error)
@@ -178,6 +189,9 @@ class Health:
 class Hub:
     """All rooms.
 
+    Attributes:
+        drafts: What is being typed, and who is told of it.
+
     Args:
         log: Where conversations are durable. It stays open; closing it is the caller's.
         clock: Seconds, monotonic.
@@ -196,6 +210,7 @@ class Hub:
         clock: Callable[[], float] = time.monotonic,
         random: Callable[[int], bytes] = os.urandom,
     ) -> None:
+        self.drafts = Drafts()
         self._log = log
         self._clock = clock
         self._random = random
@@ -232,6 +247,7 @@ class Hub:
         node: bool = False,
         deliver: Callable[[bytes], None],
         lost: Callable[[CrdtLlmError], None] = _ignore,
+        hint: Listener | None = None,
     ) -> Membership:
         """Take part in a conversation from inside this process.
 
@@ -242,18 +258,33 @@ class Hub:
             deliver: Called right after every commit with what others wrote in it, as one update,
                 in the order of the log. It must not wait.
             lost: Called once if the membership ends from the room's side.
+            hint: Told of what is being typed; see :data:`~crdt_llm.sync.drafts.Listener`.
 
         Raises:
             CrdtLlmError: As :meth:`enter`.
         """
-        membership = Membership(principal, node=node, deliver=deliver, lost=lost)
+        listen = None if hint is None else partial(self.drafts.listen, conversation, hint)
+        membership = Membership(principal, node=node, deliver=deliver, lost=lost, drafts=listen)
         await self.enter(conversation, membership)
         return membership
+
+    async def grant_epoch(self, conversation: str, node: bytes) -> int:
+        """Make a node's epoch current in a conversation; see :meth:`Room.grant_epoch`.
+
+        Raises:
+            Corrupt: What is stored of it is damaged.
+            Unavailable: There can be no lease now.
+        """
+        return await self._room(conversation).grant_epoch(node)
 
     def subscribe(self, changed: Callable[[str], None]) -> Callable[[], None]:
         """Call ``changed`` with the conversation's id after every commit; the answer ends that."""
         self._listeners.append(changed)
         return lambda: self._listeners.remove(changed)
+
+    def notice(self, conversation: str) -> None:
+        """Have everybody who subscribed look at a conversation, though nothing was committed."""
+        self._tell(conversation)
 
     async def conversations(self) -> tuple[Stored, ...]:
         """What is stored, the most recently changed first; see :class:`UpdateLog`."""

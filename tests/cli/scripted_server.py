@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
@@ -16,12 +17,15 @@ from chat_folders import FORMATS
 
 from crdt_llm.cli.embedded_node import make_node
 from crdt_llm.cli.folders import DataFolder
+from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.errors import PromptTooLong
 from crdt_llm.inference.engine import Capabilities, Finished, Prefilled, Sampled
 from crdt_llm.inference.tokens import Vocabulary
+from crdt_llm.store.register import SqliteRegister
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.sync.access import TokenAccess, load_or_create_token
 from crdt_llm.sync.hub import Hub
+from crdt_llm.sync.leases import LeaseOffice
 from crdt_llm.sync.relay import Relay
 
 if TYPE_CHECKING:
@@ -123,20 +127,24 @@ class Server:
         token = load_or_create_token(self.folder.token)
         log = await SqliteLog.open(self.folder.log)
         self._stack.push_async_callback(log.close)
-        hub = Hub(log)
+        register = await SqliteRegister.open(self.folder.register)
+        self._stack.push_async_callback(register.close)
+        relay_key = SigningKey(load_or_create_secret(self.folder.key("relay")))
+        hub = Hub(log, register=register, relay_key=relay_key.public)
+        office = LeaseOffice(hub.grant_epoch, relay_key.sign, clock=time.monotonic)
         hub.subscribe(lambda _: self.changed.set())
         relay = Relay(hub, authenticate=TokenAccess(token).authenticate)
         self._stack.push_async_callback(relay.stop)
         if self.with_node:
-            await self._start_node(hub)
+            await self._start_node(hub, office)
         await relay.start("127.0.0.1", self.port)
         self.port = relay.address[1]
 
-    async def _start_node(self, hub: Hub) -> None:
+    async def _start_node(self, hub: Hub, office: LeaseOffice) -> None:
         async def start_engine() -> Engine:
             return self.engine
 
-        node = make_node(self.folder, hub, self.model_dir)
+        node = make_node(self.folder, hub, self.model_dir, office)
         node.surroundings = replace(node.surroundings, start_engine=start_engine)
         await node.start()
         self._stack.push_async_callback(node.close)

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sync.simulated_network import Network
 
 from crdt_llm import Client
-from crdt_llm.cli.embedded_node import EPOCH, NODE, RoomSeat
-from crdt_llm.document.chain import lease_message
+from crdt_llm.cli.embedded_node import EmbeddedSeats
 from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.keys import SigningKey
 from crdt_llm.document.seal import Sealer
@@ -28,9 +27,11 @@ from crdt_llm.inference.node import Node
 from crdt_llm.inference.process import EngineProcess
 from crdt_llm.inference.prompt import ParentTail, Renderer
 from crdt_llm.inference.reply import Identity
-from crdt_llm.inference.seat import Lease, Surroundings
+from crdt_llm.inference.seat import Surroundings
 from crdt_llm.inference.tokens import Vocabulary
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
+from crdt_llm.store.register import MemoryRegister
+from crdt_llm.sync.leases import LeaseOffice
 from crdt_llm.sync.relay import TICK_S
 from crdt_llm.sync.replica_file import ReplicaFile
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from crdt_llm.inference.engine import GenerationEvent, Prefilled, SamplingParams
     from crdt_llm.inference.workplace import Workplace
     from crdt_llm.store.memory import MemorySeam
+    from crdt_llm.store.register import Row
     from crdt_llm.sync.client import OpenConversation
     from crdt_llm.sync.hub import Hub
 
@@ -278,9 +280,11 @@ class Server:
     def __init__(self, world: World) -> None:
         self._world = world
         self.log = MemoryLog(world.disk, clock=world.now_ms, faults=self._seam)
-        world.network.start_relay(self.log)
+        register = MemoryRegister(world.register_disk)
+        world.network.start_relay(self.log, register, RELAY_KEY.public)
         assert world.network._hub is not None
         self.hub: Hub = world.network._hub
+        self.office = LeaseOffice(self.hub.grant_epoch, RELAY_KEY.sign, clock=world.house.loop.time)
         self.node: Node | None = None
         self._unsubscribe: Callable[[], None] | None = None
         self._ticking = asyncio.create_task(self._tick(), name="tick")
@@ -300,16 +304,8 @@ class Server:
         if self.node is not None:
             return
         hub, house, world = self.hub, self._world.house, self._world
-
-        async def take_seat(
-            conversation: str, deliver: Callable[[bytes], None], lost: Callable[[], None]
-        ) -> RoomSeat:
-            membership = await hub.join(
-                conversation, NODE, node=True, deliver=deliver, lost=lambda _: lost()
-            )
-            return RoomSeat(membership, lease_of(conversation, world.identity.key.public))
-
-        surroundings = Surroundings(take_seat, house.lend, world.now_ms, world.random.randbytes)
+        seats = EmbeddedSeats(hub, world.identity.key.public, self.office)
+        surroundings = Surroundings(seats.take, house.lend, world.now_ms, world.random.randbytes)
         self.node = Node(surroundings, house.renderer, house.vocabulary, world.identity)
         await self.node.start()
         self._unsubscribe = hub.subscribe(self.node.notice)
@@ -326,6 +322,7 @@ class Server:
         """End as on a signal."""
         self._ticking.cancel()
         await self.stop_node()
+        await self.office.close()
         await self._world.network.stop_relay()
         await self.log.close()
 
@@ -342,6 +339,7 @@ class Server:
             task.cancel()
         await asyncio.gather(*dying, return_exceptions=True)
         await self.stop_node()
+        await self.office.close()
 
 
 class World:
@@ -352,6 +350,7 @@ class World:
         self.random = Random(seed)
         self.network = Network(self.random)
         self.disk = MemoryDisk("relay")
+        self.register_disk: dict[str, Row] = {}
         self.disk_fails = False
         self.commit_s: tuple[float, ...] = COMMIT_S
         self.devices = {name: Device(name, self) for name in DEVICES}
@@ -423,7 +422,3 @@ class World:
         for device in self.devices.values():
             await device.conversation.close()
         await self.server.stop()
-
-
-def lease_of(conversation: str, node: bytes) -> Lease:
-    return Lease(EPOCH, node, RELAY_KEY.sign(lease_message(conversation, EPOCH, node)))

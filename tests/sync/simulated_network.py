@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from crdt_llm.store.log import UpdateLog
+    from crdt_llm.store.register import Register
     from crdt_llm.sync.dial import Dial
 
 
@@ -157,9 +158,17 @@ class Network:
         self._hub: Hub | None = None
         self._lines: dict[Line, str] = {}
 
-    def start_relay(self, log: UpdateLog) -> None:
+    def start_relay(
+        self, log: UpdateLog, register: Register | None = None, key: bytes | None = None
+    ) -> None:
         loop = asyncio.get_running_loop()
-        self._hub = Hub(log, clock=loop.time, random=self._random.randbytes)
+        self._hub = Hub(
+            log,
+            register=register,
+            relay_key=key,
+            clock=loop.time,
+            random=self._random.randbytes,
+        )
 
     async def stop_relay(self) -> None:
         hub, self._hub = self._hub, None
