@@ -364,7 +364,10 @@ const versioned = { channel, id: number, update }
 const typed = { after, keep, text: draft }
 
 const FROM_CLIENT: Table = {
-  0: ['hello', { version: number, token: maybe(text(TOKEN_BYTES_MAX)), device: name, node: maybe(key) }],
+  0: [
+    'hello',
+    { version: number, token: maybe(text(TOKEN_BYTES_MAX)), device: name, node: maybe(key) }
+  ],
   1: ['open', { channel, conversation, log: maybe(log), lsn: number, stateVector }],
   2: ['update', versioned],
   3: ['restore', versioned],
@@ -404,7 +407,10 @@ const FROM_RELAY: Table = {
   39: ['closed', { channel, code: whole(4999, 1000), reason }],
   40: ['listed', { whole: flag, end: flag, conversations: listed }],
   41: ['answer', { id: number, values: maybe(map), code: name, reason }],
-  42: ['leased', { channel, epoch: maybe(number), signature: bytes(SIGNATURE_BYTES), ttlMs: number, reason }],
+  42: [
+    'leased',
+    { channel, epoch: maybe(number), signature: bytes(SIGNATURE_BYTES), ttlMs: number, reason }
+  ],
   43: ['renewed', { ttlMs: number }],
   44: ['work', { conversations }]
 }

@@ -13,4 +13,9 @@
 
 export type * from './api.js'
 export { openClient } from './client.js'
+export type { SocketFactory, SocketLike } from './connection.js'
+export type { Environment } from './environment.js'
 export { type ErrorCode, ProviderError } from './errors.js'
+export { IndexedDbStore } from './indexeddb.js'
+export { MemoryStore, type Store } from './store.js'
+export { browserTabs, loneTab, type Tabs } from './tabs.js'

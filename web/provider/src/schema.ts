@@ -100,12 +100,12 @@ export const base64url = (bytes: Uint8Array): string =>
 
 // -- plain values ------------------------------------------------------------------------------
 
-/** A plain map: neither a list nor bytes. */
-export const isMap = (value: unknown): value is Record<string, unknown> =>
-  value !== null &&
-  typeof value === 'object' &&
-  !Array.isArray(value) &&
-  !(value instanceof Uint8Array)
+/** A plain map: neither a list, nor bytes, nor a shared type. */
+export const isMap = (value: unknown): value is Record<string, unknown> => {
+  if (value === null || typeof value !== 'object') return false
+  const prototype: unknown = Object.getPrototypeOf(value)
+  return prototype === Object.prototype || prototype === null
+}
 
 const isBytes = (value: unknown): value is Uint8Array => value instanceof Uint8Array
 

@@ -115,11 +115,7 @@ export class Tree {
     if (facts.clock >= this.greatest) this.greatest = facts.clock
     else if (old?.clock === this.greatest) this.greatest = this.findGreatest()
     if (old !== undefined && old.parent !== null) {
-      if (
-        old.parent !== facts.parent ||
-        old.epoch !== facts.epoch ||
-        old.fork !== facts.fork
-      ) {
+      if (old.parent !== facts.parent || old.epoch !== facts.epoch || old.fork !== facts.fork) {
         this.rebuild()
       }
       return true

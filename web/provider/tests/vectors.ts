@@ -5,7 +5,10 @@ import { fileURLToPath } from 'node:url'
 
 export const vectors = (name: string): unknown =>
   JSON.parse(
-    readFileSync(fileURLToPath(new URL(`../../../protocol/vectors/${name}`, import.meta.url)), 'utf8')
+    readFileSync(
+      fileURLToPath(new URL(`../../../protocol/vectors/${name}`, import.meta.url)),
+      'utf8'
+    )
   )
 
 export const unhex = (hex: string): Uint8Array => Uint8Array.from(Buffer.from(hex, 'hex'))
