@@ -239,7 +239,7 @@ class Hub:
         await self._room(conversation).enter(peer)
         self._damaged.pop(conversation, None)
 
-    async def join(
+    async def join(  # noqa: PLR0913 - three of them are for whoever listens
         self,
         conversation: str,
         principal: str,

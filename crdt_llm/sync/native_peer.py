@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final, assert_never
 
 from crdt_llm.document.conversation import EMPTY_STATE_VECTOR
 from crdt_llm.document.rules import Author
-from crdt_llm.errors import AuthenticationFailed, CrdtLlmError, Forbidden
+from crdt_llm.document.schema import Grant
+from crdt_llm.errors import AuthenticationFailed, CrdtLlmError, Forbidden, MalformedMessage
 from crdt_llm.sync import frames
+from crdt_llm.sync.drafts import DRAFT_INTERVAL_S, DRAFTS_PER_CONNECTION_MAX, NOTHING
 from crdt_llm.sync.frames import Change, Draft, Presence, Pull, Renew, Request, WantLease, Watch
 from crdt_llm.sync.frames import encode as encode_frame
 from crdt_llm.sync.native_session import Close, Enter, Exit, Greet, NativeSession, Send, Submit
@@ -29,13 +33,16 @@ from crdt_llm.sync.verdict import (
     shorten,
 )
 from crdt_llm.sync.wire import UPDATE_BYTES_MAX
+from crdt_llm.sync.work import WorkList
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from crdt_llm.sync.access import Pass
+    from crdt_llm.sync.drafts import Drafts, Said
     from crdt_llm.sync.frames import Open
     from crdt_llm.sync.hub import Hub
+    from crdt_llm.sync.leases import Granted, LeaseOffice
     from crdt_llm.sync.native_session import Event
     from crdt_llm.sync.room import Delivery, Room
     from crdt_llm.sync.verdict import Verdict
@@ -48,6 +55,10 @@ ENTERING_MAX: Final = 4
 
 _ANSWERS_WAIT_FOR_BYTES: Final = WAITING_BYTES_MAX // 2
 """What is owed to a slow reader is made once so little waits: it may be a whole document."""
+
+
+NO_LEASES_RETRY_MS: Final = 60_000
+"""When a node may ask again a relay that gives no leases: after its next restart it may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +74,19 @@ class RelayIdentity:
     log: str
 
 
+@dataclass(slots=True)
+class _Draft:
+    """What a client types in one channel."""
+
+    source: int
+    conversation: str
+    says: Said = NOTHING
+
+
+def _ms(seconds: float) -> int:
+    return max(0, round(seconds * 1000))
+
+
 def _presence_frame(channel: int, states: tuple[AwarenessState, ...]) -> bytes:
     return encode_frame(Presence(channel, states))
 
@@ -75,10 +99,12 @@ class NativeConnection:
         identity: Of this relay.
         admit: What a token proves; raises if that is nothing.
         came_with: The token of the handshake, if there was one.
+        leases: Where nodes get theirs; ``None`` if there are none to be had.
+        clock: Seconds, monotonic.
         wake: Called when :meth:`take` may have something, or it is time to close. It must not wait.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - everything outside is an argument
         self,
         hub: Hub,
         identity: RelayIdentity,
@@ -86,6 +112,8 @@ class NativeConnection:
         admit: Callable[[str | None], Pass],
         came_with: str | None,
         wake: Callable[[], None],
+        leases: LeaseOffice | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.close_code: CloseCode | None = None
         self.close_reason = ""
@@ -104,6 +132,13 @@ class NativeConnection:
         self._doors = asyncio.Semaphore(ENTERING_MAX)
         self._owed: dict[int, ChannelPeer] = {}  # who lacks something; the first is served first
         self._is_asking = False  # the first of them asked its room
+        self._leases = leases
+        self._leasing: dict[str, ChannelPeer] = {}  # conversation -> who asked for its lease last
+        self._drafts: dict[int, _Draft] = {}  # by channel
+        self._drafts_waiting: dict[int, None] = {}
+        self._drafts_pause: asyncio.TimerHandle | None = None
+        self._work: WorkList | None = None
+        self._clock = clock
 
     # -- for whoever holds the socket ----------------------------------------------------------
 
@@ -126,10 +161,18 @@ class NativeConnection:
     def take(self) -> bytes | None:
         """The next frame to send, or ``None`` while there is none."""
         frame = self._outbox.take()
+        if frame is None and self._work is not None:
+            conversations = self._work.take()
+            frame = encode_frame(frames.Work(conversations)) if conversations else None
         if self._outbox.has_room:
             self._has_room.set()
         self._serve_owed()
         return frame
+
+    def tick(self) -> None:
+        """Say what waited for its time; call it every second or so."""
+        if self._work is not None and self._work.tick():
+            self._wake()
 
     def refuse(self, error: CrdtLlmError) -> None:
         """End the connection, saying why."""
@@ -138,6 +181,16 @@ class NativeConnection:
     def leave(self) -> None:
         """The socket is gone."""
         self._session.close(CloseCode.INTERNAL_ERROR, "the socket is gone")
+        if self._work is not None:
+            self._work.stop()
+            self._work = None
+        if self._leases is not None and self.node_key is not None:
+            self._leases.lost(self)
+        self._leasing.clear()
+        for number in tuple(self._drafts):
+            self._drop_draft(number)
+        if self._drafts_pause is not None:
+            self._drafts_pause.cancel()
         for task in self._entering.values():
             task.cancel()
         channels, self._channels = tuple(self._channels.values()), {}
@@ -148,6 +201,11 @@ class NativeConnection:
         self._has_room.set()
 
     # -- for the channels ----------------------------------------------------------------------
+
+    @property
+    def drafts(self) -> Drafts:
+        """What is being typed in this relay's conversations."""
+        return self._hub.drafts
 
     @property
     def log(self) -> str:
@@ -206,7 +264,7 @@ class NativeConnection:
         for event in events:
             self._follow(event)
 
-    def _follow(self, event: Event) -> None:  # noqa: C901 - a table of events
+    def _follow(self, event: Event) -> None:  # noqa: C901, PLR0912 - a table of events
         match event:
             case Send(frame):
                 self._send(frame)
@@ -223,7 +281,14 @@ class NativeConnection:
                 self._channels[number].pull(state_vector)
             case Presence(number, states):
                 self._channels[number].say(states)
-            case Draft() | Watch() | Request() | WantLease() | Renew():
+            case Draft():
+                self._draft(event)
+            case WantLease(number, hold):
+                self._want_lease(self._channels[number], hold=hold)
+            case Renew():
+                ttl_s = 0.0 if self._leases is None else self._leases.renew(self)
+                self._send(frames.Renewed(_ms(ttl_s)))
+            case Watch() | Request():
                 pass
             case Close(code, reason):
                 self._close(code, reason)
@@ -242,7 +307,7 @@ class NativeConnection:
                 self._outbox.put(frame.channel, encoded, opens=True)
             case frames.Closed():
                 self._outbox.end(frame.channel, encoded)
-            case frames.Nack():
+            case frames.Nack() | frames.Leased() | frames.Hint():
                 self._outbox.put(frame.channel, encoded)
             case _:
                 self._outbox.put_first(encoded)
@@ -266,7 +331,10 @@ class NativeConnection:
         )
         self._follow_all(self._session.accept(welcome, node=hello.node is not None))
         if self.close_code is None:
+            is_new_node = hello.node is not None and self.node_key is None
             self.found, self.node_key = found, hello.node
+            if is_new_node:
+                self._work = WorkList(self._hub, self._clock, self._is_of_use, self._wake)
 
     def _enter(self, wish: Open) -> None:
         if self.found is None:
@@ -291,6 +359,111 @@ class NativeConnection:
             logger.error("conversation %s: %s", conversation, one_line(failure))  # noqa: TRY400 - one line an error
             self.end(channel, CrdtLlmError("something went wrong here: try again later"))
 
+    def _is_of_use(self, conversation: str) -> bool:
+        """Whether a node may want to hear that a conversation changed."""
+        takes_part = any(one.conversation == conversation for one in self._channels.values())
+        return not takes_part and self.found is not None and self.found.may_enter(conversation)
+
+    # -- leases --------------------------------------------------------------------------------
+
+    @property
+    def node(self) -> bytes:
+        """See :class:`~crdt_llm.sync.leases.LeaseHolder`."""
+        if self.node_key is None:
+            raise AssertionError("only a node has to do with leases")
+        return self.node_key
+
+    @property
+    def embedded(self) -> bool:
+        """See :class:`~crdt_llm.sync.leases.LeaseHolder`."""
+        return False
+
+    def leased(self, lease: Granted) -> None:
+        """See :class:`~crdt_llm.sync.leases.LeaseHolder`."""
+        channel = self._leasing.get(lease.conversation)
+        if channel is None:
+            return
+        self._send(
+            frames.Leased(channel.number, lease.epoch, lease.signature, _ms(lease.ttl_s), "")
+        )
+        channel.hold(lease.epoch)
+        self._wake()
+
+    def unleased(self, conversation: str, retry_s: float, reason: str) -> None:
+        """See :class:`~crdt_llm.sync.leases.LeaseHolder`."""
+        channel = self._leasing.get(conversation)
+        if channel is None:
+            return
+        channel.hold(None)
+        line = shorten(reason, frames.REASON_BYTES_MAX)
+        self._send(frames.Leased(channel.number, None, b"", _ms(retry_s), line))
+        self._wake()
+
+    def _want_lease(self, channel: ChannelPeer, *, hold: bool) -> None:
+        if self._leases is None:
+            reason = "this relay gives no leases"
+            self._send(frames.Leased(channel.number, None, b"", NO_LEASES_RETRY_MS, reason))
+        elif hold:
+            before = self._leasing.get(channel.conversation)
+            if before is not None and before is not channel:
+                before.hold(None)
+            self._leasing[channel.conversation] = channel
+            self._leases.want(channel.conversation, self)
+        else:
+            self._leases.give_back(channel.conversation, self)
+
+    # -- drafts --------------------------------------------------------------------------------
+
+    def hint(self, number: int, source: int, after: str | None, keep: int, text: str) -> bool:
+        """Tell the node at the other end of a draft; whether there was room for that."""
+        if after is not None and not self._outbox.has_room:
+            return False
+        self._send(frames.Hint(number, source, after, keep, text))
+        self._wake()
+        return True
+
+    def _draft(self, frame: frames.Draft) -> None:
+        channel = self._channels[frame.channel]
+        draft = self._drafts.get(frame.channel)
+        if draft is None:
+            if frame.after is None or not channel.may_write:
+                return
+            if len(self._drafts) >= DRAFTS_PER_CONNECTION_MAX:
+                self._drop_draft(next(iter(self._drafts)))
+            source = self._hub.drafts.new_source()
+            draft = self._drafts[frame.channel] = _Draft(source, channel.conversation)
+        try:
+            draft.says = draft.says.then(frame.after, frame.keep, frame.text)
+        except MalformedMessage:  # some of it was lost on the way; the next whole one counts
+            self._drop_draft(frame.channel)
+            return
+        if len(draft.says.text) > frames.DRAFT_BYTES_MAX or draft.says == NOTHING:
+            self._drop_draft(frame.channel)
+            return
+        self._drafts_waiting[frame.channel] = None
+        if self._drafts_pause is None:
+            self._pass_draft_on()
+
+    def _pass_draft_on(self) -> None:
+        """At most one in a while; of each only how it is now."""
+        self._drafts_pause = None
+        if not self._drafts_waiting:
+            return
+        number = next(iter(self._drafts_waiting))
+        del self._drafts_waiting[number]
+        draft = self._drafts[number]
+        self._hub.drafts.say(draft.source, draft.conversation, draft.says)
+        loop = asyncio.get_running_loop()
+        self._drafts_pause = loop.call_later(DRAFT_INTERVAL_S, self._pass_draft_on)
+
+    def _drop_draft(self, number: int) -> None:
+        self._drafts_waiting.pop(number, None)
+        draft = self._drafts.pop(number, None)
+        if draft is not None:
+            self._hub.drafts.say(draft.source, draft.conversation, NOTHING)
+
+    # -- space ---------------------------------------------------------------------------------
+
     async def _room_to_answer(self) -> None:
         while not self._outbox.has_room and self.close_code is None:
             self._has_room.clear()
@@ -307,6 +480,12 @@ class NativeConnection:
         if self._channels.get(channel.number) is not channel:
             return False
         del self._channels[channel.number]
+        channel.hold(None)
+        if self._leasing.get(channel.conversation) is channel:
+            del self._leasing[channel.conversation]
+            if self._leases is not None:
+                self._leases.give_back(channel.conversation, self)
+        self._drop_draft(channel.number)
         if self._owed and next(iter(self._owed.values())) is channel:
             self._is_asking = False
         self._owed.pop(channel.number, None)
@@ -337,6 +516,9 @@ class ChannelPeer(Peer):
         super().__init__(found.principal, node=is_node)
         self.author = Author(found.principal, is_node, cap=found.cap(wish.conversation))
         self.number = wish.channel
+        self.conversation = wish.conversation
+        self.may_write = False
+        self._stop_listening: Callable[[], None] | None = None
         self._connection = connection
         self._wish: Open | None = wish
         self._room: Room | None = None
@@ -371,8 +553,19 @@ class ChannelPeer(Peer):
 
     def leave(self) -> None:
         """Take no part any more."""
+        self.hold(None)
         if self._room is not None:
             self._room.leave(self)
+
+    def hold(self, epoch: int | None) -> None:
+        """From now on it writes as the node under an epoch, and hears of drafts; or no more."""
+        self.author = replace(self.author, epoch=epoch)
+        if self._stop_listening is not None:
+            self._stop_listening()
+            self._stop_listening = None
+        if epoch is not None:
+            hint = partial(self._connection.hint, self.number)
+            self._stop_listening = self._connection.drafts.listen(self.conversation, hint)
 
     # -- for the room --------------------------------------------------------------------------
 
@@ -383,6 +576,8 @@ class ChannelPeer(Peer):
             raise AssertionError("a channel enters one room, once")
         follows = room.since(wish.lsn) if wish.log == self._connection.log else None
         self._lsn, self._has = room.lsn, room.state_vector()
+        grant = room.grant_of(self.author)
+        self.may_write = grant is not None and grant is not Grant.READER
         self._connection.opened(
             frames.Opened(
                 self.number,
@@ -390,8 +585,8 @@ class ChannelPeer(Peer):
                 room.lsn,
                 room.diff(wish.state_vector) if follows is None else follows,
                 self._has,
-                room.grant_of(self.author),
-                behind=False,
+                grant,
+                behind=bool(room.behind),
             )
         )
         self.presence(room.awareness.states)

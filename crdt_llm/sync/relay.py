@@ -20,6 +20,7 @@ logged, and the library's own logging of handshakes is off.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 from collections import Counter
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 
     from crdt_llm.sync.access import Authenticate, Pass
     from crdt_llm.sync.hub import Hub
+    from crdt_llm.sync.leases import LeaseOffice
     from crdt_llm.sync.native_peer import RelayIdentity
 
 logger = logging.getLogger("crdt_llm.sync")
@@ -67,8 +69,11 @@ logger = logging.getLogger("crdt_llm.sync")
 _library_logger = logging.getLogger("crdt_llm.sync.websockets")
 _library_logger.setLevel(logging.CRITICAL + 1)
 
-TICK_S: Final = 5.0
-"""How often what expired is let go: a sixth of the time after which presence expires."""
+TICK_S: Final = 1.0
+"""How often leases are looked at, of which ten seconds are a usual time."""
+
+TICKS_PER_SWEEP: Final = 5
+"""Ticks after which all that expired is let go: a sixth of the time after which presence does."""
 
 FRAMES_PER_TURN: Final = 8
 """Frames of one connection that are taken without letting others go on: a small read from the
@@ -130,6 +135,7 @@ class Relay:
         hub: The rooms. :meth:`stop` closes it.
         authenticate: What a token proves.
         is_valid: Whether what it proved still counts; asked of live connections again and again.
+        leases: Where nodes get their leases; ``None`` if there are none to be had.
         identity: What it says of itself in the native dialect, which it does not speak without.
         origins: Further origins whose pages may connect, as ``https://example.org``.
         page: What ``GET /`` shows.
@@ -146,6 +152,7 @@ class Relay:
         authenticate: Authenticate,
         is_valid: Callable[[Pass], bool] = lambda _: True,
         identity: RelayIdentity | None = None,
+        leases: LeaseOffice | None = None,
         origins: frozenset[str] = frozenset(),
         page: str = _PAGE,
         node_problem: Callable[[], str | None] | None = None,
@@ -156,6 +163,9 @@ class Relay:
         self._authenticate = authenticate
         self._is_valid = is_valid
         self._identity = identity
+        self._leases = leases
+        if leases is not None:
+            leases.vacant = hub.notice
         self._origins = origins
         self._page = page
         self._node_problem = node_problem
@@ -166,6 +176,7 @@ class Relay:
         self._connections = 0
         self._unknown: Counter[str] = Counter()  # by address
         self._known: dict[_Carried, Pass] = {}
+        self._native: set[NativeConnection] = set()
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
         """Accept connections; port 0 takes a free one.
@@ -223,11 +234,16 @@ class Relay:
         await self.stop()
 
     async def _tick(self) -> None:
-        while True:
+        for tick in itertools.count(1):
             await asyncio.sleep(TICK_S)
             try:
-                self._hub.tick()
-                self._end_expired()
+                if self._leases is not None:
+                    self._leases.tick()
+                for connection in tuple(self._native):
+                    connection.tick()
+                if tick % TICKS_PER_SWEEP == 0:
+                    self._hub.tick()
+                    self._end_expired()
             except Exception as failure:  # noqa: BLE001 - the next one may work
                 logger.error("what expired stays: %s", one_line(failure))  # noqa: TRY400 - one line
 
@@ -373,8 +389,14 @@ class Relay:
 
         wire = _Wire(socket, self._limits.write_buffer_bytes)
         connection = NativeConnection(
-            self._hub, identity, admit=admit, came_with=token, wake=wire.wake
+            self._hub,
+            identity,
+            admit=admit,
+            came_with=token,
+            wake=wire.wake,
+            leases=self._leases,
         )
+        self._native.add(connection)
         late = asyncio.get_running_loop().call_later(self._limits.hello_s, be_late)
         try:
             await self._run(socket, wire, connection)
@@ -382,6 +404,7 @@ class Relay:
             late.cancel()
             make_known()
             self._known.pop(connection, None)
+            self._native.discard(connection)
 
     def _admit(self, token: str | None) -> Pass:
         found = self._authenticate(token)

@@ -1,0 +1,146 @@
+"""Drafts on their way from those who type to the node, kept nowhere else.
+
+This module owns what each draft says now and what of it the node was told. It must not know frames,
+sockets, rooms or models. A draft is never stored, logged, or shown to anyone but the listener of
+its conversation, which is the node that has the lease.
+
+A client says how many bytes of the draft before stay, and what follows; the relay may pass on less
+often, so what it says to a node is measured against what that node was told last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from crdt_llm.errors import MalformedMessage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DRAFTS_PER_CONNECTION_MAX: Final = 8
+"""Drafts of one connection at a time: a person types in one conversation, a page that is left and
+opened again in two. Each may be as large as a hint."""
+
+DRAFT_INTERVAL_S: Final = 0.1
+"""Between two drafts of one connection that are passed on: ten a second is faster than typing."""
+
+Listener: TypeAlias = "Callable[[int, str | None, int, str], bool]"
+"""Takes source, ``after`` (``None``: dropped), how many UTF-8 bytes stay, and what follows them;
+answers whether it had room for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A draft at one moment.
+
+    Attributes:
+        after: The entry that it will be written after; ``None`` if there is no draft (any more).
+        text: What it says, as UTF-8.
+    """
+
+    after: str | None = None
+    text: bytes = field(default=b"", repr=False)
+
+    def then(self, after: str | None, keep: int, text: str) -> Said:
+        """The draft after a change of it.
+
+        Raises:
+            MalformedMessage: It keeps more than there is, or half a character.
+        """
+        if after is None:
+            return NOTHING
+        if keep > len(self.text) or not _is_boundary(self.text, keep):
+            raise MalformedMessage("a draft keeps what is there, in whole characters")
+        return Said(after, self.text[:keep] + text.encode())
+
+
+NOTHING: Final = Said()
+
+
+def _is_boundary(text: bytes, at: int) -> bool:
+    return at == len(text) or text[at] & 0xC0 != 0x80  # noqa: PLR2004 - a continuation byte
+
+
+def common(one: bytes, other: bytes) -> int:
+    """How many bytes two UTF-8 texts share at their beginnings, in whole characters."""
+    at = next(
+        (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        min(len(one), len(other)),
+    )
+    while at > 0 and not (_is_boundary(one, at) and _is_boundary(other, at)):
+        at -= 1
+    return at
+
+
+@dataclass(slots=True)
+class _Draft:
+    conversation: str
+    says: Said
+    told: Said = NOTHING  # to the present listener
+
+
+class Drafts:
+    """All drafts of one relay, and who listens to them."""
+
+    def __init__(self) -> None:
+        self._drafts: dict[int, _Draft] = {}
+        self._of: dict[str, dict[int, None]] = {}  # conversation -> sources
+        self._listeners: dict[str, list[Listener]] = {}  # the last one is told
+        self._sources = 0
+
+    def new_source(self) -> int:
+        """A number for a draft."""
+        self._sources += 1
+        return self._sources
+
+    def listen(self, conversation: str, listener: Listener) -> Callable[[], None]:
+        """Tell a listener of a conversation's drafts, those that are there first.
+
+        Returns:
+            What ends it; then whoever listened before is told again.
+        """
+        listeners = self._listeners.setdefault(conversation, [])
+        listeners.append(listener)
+        self._tell_anew(conversation)
+
+        def release() -> None:
+            if listener in listeners:
+                was_told = listeners[-1] is listener
+                listeners.remove(listener)
+                if not listeners:
+                    self._listeners.pop(conversation, None)
+                if was_told:
+                    self._tell_anew(conversation)
+
+        return release
+
+    def say(self, source: int, conversation: str, says: Said) -> None:
+        """Pass a draft on."""
+        draft = self._drafts.get(source)
+        if draft is None:
+            draft = self._drafts[source] = _Draft(conversation, says)
+            self._of.setdefault(conversation, {})[source] = None
+        draft.says = says
+        self._tell(source, draft)
+        if says == NOTHING:
+            del self._drafts[source]
+            of = self._of[conversation]
+            del of[source]
+            if not of:
+                del self._of[conversation]
+
+    def _tell_anew(self, conversation: str) -> None:
+        for source in self._of.get(conversation, ()):
+            draft = self._drafts[source]
+            draft.told = NOTHING
+            self._tell(source, draft)
+
+    def _tell(self, source: int, draft: _Draft) -> None:
+        listeners = self._listeners.get(draft.conversation)
+        if not listeners or draft.says == draft.told:
+            return
+        says, told = draft.says, draft.told
+        keep = common(says.text, told.text) if says.after == told.after else 0
+        if listeners[-1](source, says.after, keep, says.text[keep:].decode()):
+            draft.told = says
