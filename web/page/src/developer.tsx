@@ -4,6 +4,7 @@
 import type { Entry, Verdict } from 'crdt-llm-provider'
 import type { JSX } from 'preact'
 import { useEffect, useState } from 'preact/hooks'
+import { type Hidden, keyIdOf, openReply, readKey } from './hidden'
 import type { LiveConversation } from './live'
 import { attempt } from './notices'
 import { count, duration } from './times'
@@ -54,23 +55,143 @@ function Facts({ entry }: { entry: Entry }): JSX.Element {
   )
 }
 
+const IDS_SHOWN_MAX = 400 // of a long reply the first ones tell enough
+
+function HiddenFacts({ hidden }: { hidden: Hidden }): JSX.Element {
+  const facts: [string, string][] = [
+    ['model', hidden.model || 'in the first chunk'],
+    ['renderer', hidden.renderer],
+    [
+      'params',
+      Object.entries(hidden.params)
+        .map(([name, value]) => `${name} ${plain(value)}`)
+        .join(', ')
+    ],
+    ['kinds', hidden.kinds.map(([kind, times]) => `${count(times)} ${kind}`).join(', ')],
+    [
+      `${count(hidden.ids.length)} ids`,
+      hidden.ids.slice(0, IDS_SHOWN_MAX).join(' ') + (hidden.ids.length > IDS_SHOWN_MAX ? ' …' : '')
+    ],
+    [
+      'logprobs',
+      hidden.logprobs
+        .slice(0, IDS_SHOWN_MAX)
+        .map(one => one.toFixed(2))
+        .join(' ')
+    ]
+  ]
+  return (
+    <dl class="hidden-facts">
+      {facts.map(([name, value]) => (
+        <div key={name}>
+          <dt>{name}</dt>
+          <dd class="mono">{value}</dd>
+        </div>
+      ))}
+    </dl>
+  )
+}
+
+/** Fractions come in a wrapper of their own, so that they stay apart from whole numbers. */
+const plain = (value: unknown): string =>
+  value !== null && typeof value === 'object' && 'value' in value
+    ? String(value.value)
+    : JSON.stringify(value)
+
+function opened(live: LiveConversation, id: string, master: Uint8Array): Hidden | string {
+  try {
+    return openReply(master, live.on.id, id, live.on.sealed(id))
+  } catch (error) {
+    return error instanceof Error ? error.message : String(error)
+  }
+}
+
+function HiddenFields({
+  live,
+  id,
+  master
+}: {
+  live: LiveConversation
+  id: string
+  master: Uint8Array
+}): JSX.Element {
+  const hidden = opened(live, id, master)
+  return typeof hidden === 'string' ? (
+    <p class="failure">{hidden}</p>
+  ) : (
+    <HiddenFacts hidden={hidden} />
+  )
+}
+
+function KeyForm({
+  master,
+  onKey
+}: {
+  master: Uint8Array | null
+  onKey: (master: Uint8Array | null) => void
+}): JSX.Element {
+  const [problem, setProblem] = useState('')
+  if (master !== null) {
+    return (
+      <div class="buttons">
+        <small>
+          Hidden fields open with the key <span class="mono">{keyIdOf(master)}</span>.
+        </small>
+        <button type="button" onClick={() => onKey(null)}>
+          Forget the key
+        </button>
+      </div>
+    )
+  }
+  return (
+    <form
+      class="key-form"
+      onSubmit={event => {
+        event.preventDefault()
+        const field = event.currentTarget.elements.namedItem('key') as HTMLInputElement
+        try {
+          onKey(readKey(field.value))
+        } catch (error) {
+          setProblem(error instanceof Error ? error.message : String(error))
+        }
+        field.value = ''
+      }}
+    >
+      <div class="field-row">
+        <label>
+          Key for hidden fields
+          <input type="password" name="key" autocomplete="off" required />
+        </label>
+        <button type="submit">Open</button>
+      </div>
+      <small>It is kept in memory only, until this page is closed.</small>
+      <p class="failure" role="alert">
+        {problem}
+      </p>
+    </form>
+  )
+}
+
 type Verdicts = ReadonlyMap<string, Verdict> | null
 
 function EntryFacts({
   live,
   id,
-  verdicts
+  verdicts,
+  master
 }: {
   live: LiveConversation
   id: string
   verdicts: Verdicts
+  master: Uint8Array | null
 }): JSX.Element | null {
+  const [isOpen, setOpen] = useState(false)
   const entry = live.entry(id).value
   if (entry === undefined) return null
   const verdict = verdicts?.get(id)
   const { usage } = entry
   return (
-    <details class="entry-facts">
+    <details class="entry-facts" onToggle={event => setOpen(event.currentTarget.open)}>
       <summary>
         <span class="role">{entry.born.role}</span>
         <span class="mono digest">
@@ -89,13 +210,17 @@ function EntryFacts({
         )}
       </summary>
       {verdict?.problem && <p class="failure">{verdict.problem}</p>}
-      <Facts entry={entry} />
+      {isOpen && <Facts entry={entry} />}
+      {isOpen && entry.isSlot && master !== null && (
+        <HiddenFields live={live} id={id} master={master} />
+      )}
     </details>
   )
 }
 
 export function DeveloperView({ live }: { live: LiveConversation }): JSX.Element {
   const [verdicts, setVerdicts] = useState<Verdicts>(null)
+  const [master, setMaster] = useState<Uint8Array | null>(null)
   const [isChecking, setChecking] = useState(false)
   const [shown, setShown] = useState(ENTRIES_AT_ONCE)
   const path = live.path.value
@@ -123,6 +248,7 @@ export function DeveloperView({ live }: { live: LiveConversation }): JSX.Element
           {isChecking ? 'Verifying…' : 'Verify'}
         </button>
       </div>
+      <KeyForm master={master} onKey={setMaster} />
       <p class="quiet-text">
         <small>Tokens: reused + prefilled → sampled · time to the first.</small>
       </p>
@@ -130,7 +256,7 @@ export function DeveloperView({ live }: { live: LiveConversation }): JSX.Element
         .slice(-shown)
         .reverse()
         .map(id => (
-          <EntryFacts key={id} live={live} id={id} verdicts={verdicts} />
+          <EntryFacts key={id} live={live} id={id} verdicts={verdicts} master={master} />
         ))}
       {path.length > shown && (
         <button type="button" onClick={() => setShown(shown + ENTRIES_AT_ONCE * 4)}>

@@ -261,64 +261,63 @@ function MessageView({
   id,
   live,
   principal,
-  isLast
+  isLast,
+  isActive
 }: {
   id: string
   live: LiveConversation
   principal: string | null
   isLast: boolean
+  isActive: boolean
 }): JSX.Element | null {
   const element = useRef<HTMLElement>(null)
   const entry = live.entry(id).value
   if (entry === undefined) return null
-  const isActive = active.value === id || (isLast && active.value === '')
   const words = standingWords(entry)
   const who = speaker(entry, principal)
   const isOwn = entry.born.role === 'user' && entry.born.author === principal
   const cut = entry.isSlot && (entry.standing === 'stopped' || entry.usage?.finish === 'length')
   return (
-    <li class="slot">
-      <article
-        ref={element}
-        id={elementIdOf(id)}
-        class={`message ${entry.born.role}${isOwn ? ' own' : ''} ${entry.standing}`}
-        data-entry={id}
-        aria-label={`${who}, ${clockTime(entry.born.at)}`}
-        aria-busy={entry.standing === 'streaming'}
-        tabIndex={isActive ? 0 : -1}
-        onFocusIn={() => {
-          active.value = id
-        }}
-      >
-        {(!isOwn || entry.born.role !== 'user') && (
-          <header class="speaker">{entry.isSlot ? null : who}</header>
-        )}
-        <div class="body">
-          <Body live={live} entry={entry} />
-        </div>
-        <footer>
-          {words !== '' && <span class="standing">{words}</span>}
-          <Siblings live={live} entry={id} />
-          <Actions live={live} entry={entry} reachable={isActive} />
-          {cut && isLast && mayWrite(live) && (
-            <button
-              type="button"
-              class="link"
-              tabIndex={isActive ? 0 : -1}
-              onClick={() => void attempt('Not sent', () => live.on.continue(id))}
-            >
-              Go on
-            </button>
-          )}
-          <time
-            dateTime={machineTime(entry.born.at)}
-            title={`${fullTime(entry.born.at)}, ${entry.born.device}`}
+    <article
+      ref={element}
+      id={elementIdOf(id)}
+      class={`message ${entry.born.role}${isOwn ? ' own' : ''}${editing.value === id ? ' edited' : ''} ${entry.standing}`}
+      data-entry={id}
+      aria-label={`${who}, ${clockTime(entry.born.at)}`}
+      aria-busy={entry.standing === 'streaming'}
+      tabIndex={isActive ? 0 : -1}
+      onFocusIn={() => {
+        active.value = id
+      }}
+    >
+      {(!isOwn || entry.born.role !== 'user') && (
+        <header class="speaker">{entry.isSlot ? null : who}</header>
+      )}
+      <div class="body">
+        <Body live={live} entry={entry} />
+      </div>
+      <footer>
+        {words !== '' && <span class="standing">{words}</span>}
+        <Siblings live={live} entry={id} />
+        <Actions live={live} entry={entry} reachable={isActive} />
+        {cut && isLast && mayWrite(live) && (
+          <button
+            type="button"
+            class="link"
+            tabIndex={isActive ? 0 : -1}
+            onClick={() => void attempt('Not sent', () => live.on.continue(id))}
           >
-            {clockTime(entry.born.at)}
-          </time>
-        </footer>
-      </article>
-    </li>
+            Go on
+          </button>
+        )}
+        <time
+          dateTime={machineTime(entry.born.at)}
+          title={`${fullTime(entry.born.at)}, ${entry.born.device}`}
+        >
+          {clockTime(entry.born.at)}
+        </time>
+      </footer>
+    </article>
   )
 }
 

@@ -344,6 +344,8 @@ export interface Conversation {
    * verdict may be a problem.
    */
   verify(head?: string): Promise<readonly Verdict[]>
+  /** The sealed blobs of a reply, for whoever has the key (`protocol/SCHEMA.md`, section 8). */
+  sealed(id: string): readonly Uint8Array[]
   /** The whole conversation as JSON, or what is shown as Markdown. */
   export(format: 'json' | 'markdown'): string
 

@@ -548,6 +548,10 @@ export class OpenConversation implements Conversation {
     return verifyPath(this.replica.document, this.id, this.view(head), this.host.relayKey)
   }
 
+  sealed(id: string): readonly Uint8Array[] {
+    return this.replica.document.sealed(id)
+  }
+
   export(format: 'json' | 'markdown'): string {
     const entries = [...this.replica.document.tree.entries].flatMap(id => this.entry(id) ?? [])
     const exported = {
