@@ -443,6 +443,10 @@ class Room:
         """What somebody may do here as things are. Only between turns (I1)."""
         return author.bounded(self._settled_replica().grant_of(author.principal))
 
+    def read(self, question: Callable[[Conversation], Any]) -> Any:
+        """What a pure function of the replica says. Only between turns (I1)."""
+        return question(self._settled_replica())
+
     @property
     def epoch(self) -> int:
         """The epoch of the lease that was granted last; 0 before the first one."""
