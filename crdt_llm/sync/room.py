@@ -35,12 +35,13 @@ conversation waiting; between turns the room yields, so that other conversations
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from crdt_llm.document import rules
 from crdt_llm.document.chain import lease_message
@@ -50,11 +51,11 @@ from crdt_llm.document.conversation import (
     EMPTY_UPDATE,
     LEASES,
     META,
-    ROOTS,
     Conversation,
 )
 from crdt_llm.document.keys import verify
 from crdt_llm.document.rules import Author
+from crdt_llm.document.schema import Grant
 from crdt_llm.document.updates import merge
 from crdt_llm.errors import (
     BadProof,
@@ -73,27 +74,31 @@ from crdt_llm.errors import (
 )
 from crdt_llm.sync import ledger
 from crdt_llm.sync.awareness import Awareness
+from crdt_llm.sync.shape import check_parents, check_shape, hides
 from crdt_llm.sync.structure import (
     DOCUMENT_LIMITS,
+    HELD_LIMITS,
     TRANSACTION_LIMITS,
     brings,
     find_gap,
+    find_rewrite,
     read_update,
 )
 from crdt_llm.sync.tail import Tail
 from crdt_llm.sync.verdict import Committed, Denied, Known, Lacking, one_line, reason_of
-from crdt_llm.sync.wire import UPDATE_BYTES_MAX, decode_state_vector
+from crdt_llm.sync.wire import UPDATE_BYTES_MAX, decode_state_vector, encode_state_vector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from crdt_llm.document.conversation import Change
-    from crdt_llm.document.schema import Grant
     from crdt_llm.store.log import UpdateLog
     from crdt_llm.store.register import Register, Row
-    from crdt_llm.sync.structure import Limits, Missing
+    from crdt_llm.sync.structure import Id, Limits, Missing, UpdateStructure
     from crdt_llm.sync.verdict import Verdict
     from crdt_llm.sync.wire import AwarenessState
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger("crdt_llm.sync")
 
@@ -250,17 +255,22 @@ class _Look:
     """What an update's structure says, given what is known.
 
     Attributes:
+        structure: All of it.
         fresh: The clients that it has new clocks of, and the first clock after those.
+        repeated: The clients that it has known clocks of, and the first of these.
         missing: What it builds on that is not known.
         brings: Whether it may change anything.
     """
 
+    structure: UpdateStructure
+
     fresh: Mapping[int, int]
+    repeated: Mapping[int, int]
     missing: Missing | None
     brings: bool
 
 
-def _look_at(update: bytes, limits: Limits, known: Mapping[int, int]) -> _Look:
+def _look_at(update: bytes, limits: Limits, known: Mapping[int, int], *, node: bool) -> _Look:
     """All that is asked of an update before the replica sees it; pure, so any thread may do it.
 
     Raises:
@@ -269,13 +279,19 @@ def _look_at(update: bytes, limits: Limits, known: Mapping[int, int]) -> _Look:
         Refused: It writes where no reader of the document looks, so that no rule would see it.
     """
     structure = read_update(update, limits)
-    for structs in structure.structs.values():
-        for item in structs:
-            if isinstance(item.parent, str) and item.parent not in ROOTS:
-                raise Refused("schema", f"a conversation has no root {item.parent[:50]!r}")
-    missing = find_gap(structure, known)
+    check_shape(structure, known, node=node)
     fresh = {client: end for client, end in structure.ends.items() if end > known.get(client, 0)}
-    return _Look(fresh, missing, missing is None and brings(structure, known))
+    repeated = {
+        client: structs[0].clock
+        for client, structs in structure.structs.items()
+        if structs[0].clock < known.get(client, 0)
+    }
+    missing = find_gap(structure, known)
+    return _Look(structure, fresh, repeated, missing, missing is None and brings(structure, known))
+
+
+def _find_rewrite(structure: UpdateStructure, held: bytes) -> Id | None:
+    return find_rewrite(structure, read_update(held, HELD_LIMITS))
 
 
 class _Dirty(Exception):  # noqa: N818 - a signal inside this module
@@ -334,6 +350,9 @@ class Room:
         self._granting: deque[tuple[bytes, asyncio.Future[int]]] = deque()
         self._replica: Conversation | None = None
         self._known: dict[int, int] = {}  # the replica's state vector
+        self._deletions: Mapping[int, Sequence[range]] | None = (
+            None  # the replica's, when asked for
+        )
         self._document_bytes = 0  # at least the size of the document
         self._snapshot_bytes = 0
         self._log_bytes = 0  # since the snapshot
@@ -597,14 +616,8 @@ class Room:
         self, seat: _Seat, submission: Submission, author: Author, batch: _Batch
     ) -> Verdict:
         """I4. ``Committed`` is promised here and true after the commit."""
-        limits = DOCUMENT_LIMITS if submission.is_document else TRANSACTION_LIMITS
         try:
-            # What is known does not change meanwhile: only this turn could change it.
-            if len(submission.update) >= OFFLOAD_BYTES_MIN:
-                look = await asyncio.to_thread(_look_at, submission.update, limits, self._known)
-            else:
-                look = _look_at(submission.update, limits, self._known)
-            self._check_clients(look.fresh, author)
+            look = await self._look(submission, author)
         except (Refused, MalformedMessage) as error:
             return Denied(error)
         if look.missing is not None:
@@ -612,13 +625,15 @@ class Room:
         if not look.brings:
             return Known()
         try:
-            change = self._apply(submission, author)
+            change = await self._apply(submission, look, author)
         except _Dirty as dirty:
             await self._rebuild(batch.updates)
             return dirty.verdict
         self._known.update(look.fresh)
         if change.is_empty:
             return Known()
+        if look.structure.deleted:
+            self._deletions = None
         for client in look.fresh:
             if client not in self._clients:
                 self._clients[client] = _owner_of_clients(author)
@@ -627,6 +642,52 @@ class Room:
         batch.accepted.append((seat, change))
         return _ACCEPTED
 
+    async def _look(self, submission: Submission, author: Author) -> _Look:
+        """The checks that need nothing applied. What is known does not change meanwhile.
+
+        Raises:
+            MalformedMessage: No update.
+            Refused: It must not be applied.
+        """
+        limits = DOCUMENT_LIMITS if submission.is_document else TRANSACTION_LIMITS
+        update, known = submission.update, self._known
+        look_at = functools.partial(_look_at, update, limits, known, node=author.node)
+        look = await _offload(len(update), look_at)
+        self._check_clients(look.fresh, author)
+        if look.fresh and not self._may_write(author):
+            raise Forbidden("forbidden", "you may not write in this conversation")
+        if look.repeated:
+            since = encode_state_vector({**known, **look.repeated})
+            held = self._loaded_replica().diff(since)
+            find = functools.partial(_find_rewrite, look.structure, held)
+            rewritten = await _offload(len(update) + len(held), find)
+            if rewritten is not None:
+                raise Refused(
+                    "rewrite",
+                    f"client {rewritten.client} wrote something else at clock {rewritten.clock}:"
+                    " this replica must be discarded",
+                )
+        if look.brings and not look.fresh:
+            deleted = await self._held_deletions()
+            return replace(look, brings=brings(look.structure, known, deleted))
+        return look
+
+    async def _held_deletions(self) -> Mapping[int, Sequence[range]]:
+        """What is known to be deleted; what an update overwrote since may be missing in it."""
+        if self._deletions is None:
+            replica = self._loaded_replica()
+            held = replica.diff(replica.state_vector())
+            read = functools.partial(read_update, held, HELD_LIMITS)
+            self._deletions = (await _offload(len(held), read)).deleted
+        return self._deletions
+
+    def _may_write(self, author: Author) -> bool:
+        """Whether somebody's update is worth applying: the rules say the rest."""
+        replica = self._loaded_replica()
+        if author.node or replica.id is None:
+            return True
+        return author.bounded(replica.grant_of(author.principal)) in (Grant.OWNER, Grant.WRITER)
+
     def _check_clients(self, fresh: Iterable[int], author: Author) -> None:
         """Whose a client id is was settled by its first accepted use."""
         own = _owner_of_clients(author)
@@ -634,13 +695,15 @@ class Room:
             if self._clients.get(client, own) != own or client == self._loaded_replica().client_id:
                 raise Refused("forged-client", f"client id {client} is somebody else's")
 
-    def _apply(self, submission: Submission, author: Author) -> Change:
+    async def _apply(self, submission: Submission, look: _Look, author: Author) -> Change:
         replica = self._loaded_replica()
         epoch = self.epoch if self._keeps_leases else None
         try:
             change = replica.apply(submission.update)
             rules.check(change, replica, conversation_id=self.id, author=author, epoch=epoch)
             self._check_leases(change)
+            if not author.node and hides(look.structure, self._known, change):
+                await self._check_parents(look.structure)
             self._check_size(len(change.update), author)
         except Gap as error:
             raise _Dirty(Lacking(str(error))) from error
@@ -653,6 +716,11 @@ class Room:
             logger.error("conversation %s: %s", self.id, one_line(error))  # noqa: TRY400 - one line
             raise _Dirty(Denied(Refused("unreadable", "this cannot be checked"))) from error
         return change
+
+    async def _check_parents(self, structure: UpdateStructure) -> None:
+        whole = self._loaded_replica().diff()
+        read = functools.partial(read_update, whole, HELD_LIMITS)
+        check_parents(structure, self._known, await _offload(len(whole), read))
 
     def _check_leases(self, change: Change) -> None:
         """A lease that is recorded is the one that was granted: others verify proofs by it."""
@@ -762,7 +830,7 @@ class Room:
             raise Corrupt(
                 f"conversation {self.id} cannot be read from the log: restore it from a replica"
             ) from error
-        self._replica = replica
+        self._replica, self._deletions = replica, None
         self._known = decode_state_vector(replica.state_vector())
         self.lsn = loaded.lsn
         self._snapshot_bytes = len(loaded.snapshot or b"")
@@ -891,6 +959,11 @@ class Room:
         if self._in_turn:
             raise LocalMisuse("a room's state was read while some of it was not durable")
         return self._loaded_replica()
+
+
+async def _offload(size: int, work: Callable[[], Result]) -> Result:
+    """Do what costs as much as ``size`` bytes to read, in a thread if that is long."""
+    return await asyncio.to_thread(work) if size >= OFFLOAD_BYTES_MIN else work()
 
 
 def _owner_of_clients(author: Author) -> str:

@@ -86,6 +86,10 @@ TRANSACTION_LIMITS: Final = Limits(2 * 2**20, 2**15, 2**15, 2**15, 2**12)
 """One live transaction: a long paste, or a reply's last words with its seal, many times over."""
 
 
+HELD_LIMITS: Final = Limits(2 * UPDATE_BYTES_MAX, 2**22, 2**22, 2**22, 2**22)
+"""What a replica of ours says: all of it was within the limits when it came, update by update."""
+
+
 class Kind(enum.IntEnum):
     """What a struct is; the numbers are those of the format."""
 
