@@ -57,7 +57,6 @@ const ANSWERED: ReadonlySet<string> = new Set([
   'update',
   'restore',
   'pull',
-  'watch',
   'request'
 ])
 
@@ -97,6 +96,10 @@ export class Connection {
   private cancelRenewal: (() => void) | null = null
   private heardAt = 0
   private offered: string | null = null
+  /** Frames that wait for a Welcome; `null` while none is due. */
+  private held: FromClient[] | null = null
+  /** A token to greet with after that. */
+  private wanted: string | null = null
 
   /**
    * @param address `ws(s)://…`, see {@link relayAddress}.
@@ -141,7 +144,8 @@ export class Connection {
   /** Send a frame; only while online. */
   send(frame: FromClient): void {
     if (this.now.state !== 'online') throw new ProviderError('offline', 'there is no connection')
-    this.write(frame)
+    if (this.held === null) this.write(frame)
+    else this.held.push(frame)
   }
 
   /** A sync was completed: the next pause is a short one. */
@@ -161,7 +165,7 @@ export class Connection {
     if (this.now.state === 'offline' && this.now.retryAt !== null) return this.connect()
     if (this.now.state !== 'online') return
     if (this.environment.now() - this.heardAt < FRESH_MS || this.offered === null) return
-    this.hello(this.offered)
+    if (this.held === null) this.hello(this.offered)
     this.watchSilence(PROBE_MS_MAX)
   }
 
@@ -201,6 +205,7 @@ export class Connection {
 
   private hello(token: string): void {
     this.offered = token
+    this.held = []
     this.write({ kind: 'hello', version: VERSION, token, device: this.device, node: null })
   }
 
@@ -244,7 +249,13 @@ export class Connection {
     }
     const { expiresAt } = welcome
     if (expiresAt !== null) this.renewBefore(expiresAt)
+    const held = this.held ?? []
+    this.held = null
+    for (const frame of held) this.write(frame)
+    const { wanted } = this
+    this.wanted = null
     this.set({ state: 'online', retryAt: null, expiresAt, code: null, reason: '' })
+    if (wanted !== null) this.hello(wanted)
   }
 
   private renewBefore(expiresAt: number): void {
@@ -267,7 +278,10 @@ export class Connection {
     } catch {
       return // the old one holds for a while; at its end the relay says so
     }
-    if (this.now.state === 'online' && (always || token !== this.offered)) this.hello(token)
+    if (this.now.state === 'online' && (always || token !== this.offered)) {
+      if (this.held === null) this.hello(token)
+      else this.wanted = token
+    }
   }
 
   private ended(code: number, reason: string): void {
@@ -293,6 +307,7 @@ export class Connection {
     const { socket } = this
     const wasOnline = this.now.state === 'online'
     this.socket = null
+    this.held = this.wanted = null
     this.clearTimers()
     if (socket !== null) {
       socket.onopen = socket.onmessage = socket.onclose = null

@@ -383,14 +383,7 @@ export class Document {
     const { meta, access } = this.roots
     switch (intent.kind) {
       case 'create':
-        if (meta.has('birth')) return
-        meta.set('schema', SCHEMA_VERSION)
-        meta.set('birth', { owner: intent.owner, nonce: intent.nonce })
-        meta.set('created_at', intent.at)
-        if (intent.title) meta.set('title', intent.title)
-        if (intent.model) meta.set('model', intent.model)
-        if (intent.policy !== null) meta.set('policy', intent.policy)
-        return
+        return this.writeBirth(intent)
       case 'entry':
         return this.writeEntry(intent, author)
       case 'request':
@@ -405,13 +398,8 @@ export class Document {
         if (this.borns.get(intent.slot)?.role !== 'assistant') return
         this.fields(intent.slot)?.set('stop', author.principal)
         return
-      case 'redact': {
-        const fields = this.fields(intent.entry)
-        if (fields === null || !this.borns.has(intent.entry)) return
-        fields.set('redacted', { by: author.principal, at: intent.at })
-        for (const key of REDACTION_DELETES) if (fields.has(key)) fields.delete(key)
-        return
-      }
+      case 'redact':
+        return this.writeRedaction(intent, author)
       case 'meta':
         if (intent.value !== null) meta.set(intent.key, intent.value)
         else if (meta.has(intent.key)) meta.delete(intent.key)
@@ -420,6 +408,24 @@ export class Document {
         if (intent.grant !== null) access.set(intent.principal, intent.grant)
         else if (access.has(intent.principal)) access.delete(intent.principal)
     }
+  }
+
+  private writeBirth(intent: Intent & { kind: 'create' }): void {
+    const { meta } = this.roots
+    if (meta.has('birth')) return
+    meta.set('schema', SCHEMA_VERSION)
+    meta.set('birth', { owner: intent.owner, nonce: intent.nonce })
+    meta.set('created_at', intent.at)
+    if (intent.title) meta.set('title', intent.title)
+    if (intent.model) meta.set('model', intent.model)
+    if (intent.policy !== null) meta.set('policy', intent.policy)
+  }
+
+  private writeRedaction(intent: Intent & { kind: 'redact' }, author: Author): void {
+    const fields = this.fields(intent.entry)
+    if (fields === null || !this.borns.has(intent.entry)) return
+    fields.set('redacted', { by: author.principal, at: intent.at })
+    for (const key of REDACTION_DELETES) if (fields.has(key)) fields.delete(key)
   }
 
   private writeEntry(intent: Intent & { kind: 'entry' }, author: Author): void {
