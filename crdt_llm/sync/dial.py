@@ -11,11 +11,12 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias
 from urllib.parse import parse_qs, urlsplit
 
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.typing import Subprotocol
 
 from crdt_llm.errors import (
     AuthenticationFailed,
@@ -25,6 +26,7 @@ from crdt_llm.errors import (
     MalformedMessage,
     Refused,
 )
+from crdt_llm.sync import frames
 from crdt_llm.sync.loopback import is_loopback
 from crdt_llm.sync.wire import FRAME_BYTES_MAX
 
@@ -75,6 +77,9 @@ Dial: TypeAlias = Callable[[str], AbstractAsyncContextManager[Socket]]
 
 Entering raises ``ConnectionLost`` to try again, or ``Refused`` where that has no use.
 """
+
+NativeDial: TypeAlias = Callable[[], AbstractAsyncContextManager[Socket]]
+"""As :data:`Dial`, for the native dialect: one socket for all conversations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,29 +176,54 @@ def websocket_dial(address: Address, token: str | None) -> Dial:
         raise LocalMisuse("a token is printable ASCII without spaces around it")
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
 
-    @asynccontextmanager
-    async def dial(conversation: str) -> AsyncIterator[Socket]:
-        try:
-            connection = await connect(
-                address.base + conversation,
-                additional_headers=headers,
-                compression=None,  # our frames are small and the relay's time is dear
-                user_agent_header="crdt-llm",
-                proxy=None if address.is_loopback else True,
-                open_timeout=OPEN_TIMEOUT_S,
-                close_timeout=CLOSE_TIMEOUT_S,
-                max_size=FRAME_BYTES_MAX,
-                max_queue=FRAMES_BUFFERED_MAX,
-                logger=_logger,
-            )
-        except InvalidStatus as error:
-            raise _turned_away(error.response.status_code) from error
-        except (OSError, TimeoutError, WebSocketException) as error:
-            raise ConnectionLost(f"no connection to {address.base}: {error}") from error
-        async with connection:
-            yield _WebSocket(connection)
+    def dial(conversation: str) -> AbstractAsyncContextManager[Socket]:
+        return _open(
+            address,
+            path=conversation,
+            additional_headers=headers,
+            max_size=FRAME_BYTES_MAX,
+        )
 
     return dial
+
+
+def native_dial(address: Address) -> NativeDial:
+    """Dial with websockets in the native dialect, whose first frame brings the token.
+
+    Args:
+        address: where the relay is.
+    """
+
+    def dial() -> AbstractAsyncContextManager[Socket]:
+        return _open(
+            address,
+            subprotocols=[Subprotocol(frames.SUBPROTOCOL)],
+            max_size=frames.FRAME_BYTES_MAX,
+        )
+
+    return dial
+
+
+@asynccontextmanager
+async def _open(address: Address, *, path: str = "", **options: Any) -> AsyncIterator[Socket]:
+    try:
+        connection = await connect(
+            address.base + path,
+            compression=None,  # our frames are small and the relay's time is dear
+            user_agent_header="crdt-llm",
+            proxy=None if address.is_loopback else True,
+            open_timeout=OPEN_TIMEOUT_S,
+            close_timeout=CLOSE_TIMEOUT_S,
+            max_queue=FRAMES_BUFFERED_MAX,
+            logger=_logger,
+            **options,
+        )
+    except InvalidStatus as error:
+        raise _turned_away(error.response.status_code) from error
+    except (OSError, TimeoutError, WebSocketException) as error:
+        raise ConnectionLost(f"no connection to {address.base}: {error}") from error
+    async with connection:
+        yield _WebSocket(connection)
 
 
 def _turned_away(status: int) -> Refused | ConnectionLost:
