@@ -257,6 +257,17 @@ class Authority:
         """
         self._ledger.revoke(token_id, self._clock())
 
+    def conversations_of(self, token_id: str) -> frozenset[str] | None:
+        """The conversations that a token was issued for; ``None`` if everywhere, or unknown.
+
+        Raises:
+            StoreFailed: It cannot be found out now.
+        """
+        issued = next((one for one in self._ledger.issued() if one.id == token_id), None)
+        named = [] if issued is None else [one.split(" of ") for one in issued.scope.split(", ")]
+        scoped = all(len(one) == 2 for one in named)  # noqa: PLR2004 - a role, a conversation
+        return frozenset(one[1] for one in named) if named and scoped else None
+
     def _sign(self, made: Pass, now: int) -> str:
         claims: dict[str, Any] = {
             "iss": _ISSUER,

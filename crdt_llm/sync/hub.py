@@ -10,15 +10,19 @@ import asyncio
 import logging
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Final, assert_never
+from typing import TYPE_CHECKING, Final, TypeVar, assert_never
 
+from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.schema import is_conversation_id
 from crdt_llm.errors import (
     ConnectionLost,
     Corrupt,
     Gap,
+    LocalMisuse,
+    MalformedMessage,
     Refused,
     Stopping,
     Unavailable,
@@ -40,11 +44,13 @@ if TYPE_CHECKING:
 
     from crdt_llm.errors import CrdtLlmError
     from crdt_llm.store.log import Stored, UpdateLog
-    from crdt_llm.store.register import Register
+    from crdt_llm.store.register import Register, Row
     from crdt_llm.sync.drafts import Listener
     from crdt_llm.sync.room import Delivery
     from crdt_llm.sync.verdict import Verdict
     from crdt_llm.sync.wire import AwarenessState
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger("crdt_llm.sync")
 
@@ -220,6 +226,7 @@ class Hub:
         self._rooms: dict[str, Room] = {}  # the least recently entered first
         self._ending: set[asyncio.Task[None]] = set()
         self._damaged: dict[str, str] = {}
+        self._unregistered: frozenset[str] | None = None  # stored, and without a row when looked
         self._listeners: list[Callable[[str], None]] = []
         self._closed = False
 
@@ -289,6 +296,55 @@ class Hub:
     async def conversations(self) -> tuple[Stored, ...]:
         """What is stored, the most recently changed first; see :class:`UpdateLog`."""
         return await self._log.conversations()
+
+    async def conversations_of(self, principal: str) -> dict[str, int]:
+        """Where a principal may have a right -> when that was changed last, ms since 1970, or 0.
+
+        The register knows; conversations that have no row there yet are named to everybody, and
+        whoever asks looks into them.
+
+        Raises:
+            Unavailable: It could not be read now.
+            Corrupt: It is damaged.
+        """
+        changed_at = {one.conversation: one.changed_at for one in await self._log.conversations()}
+        if self._unregistered is None:
+            rows = {name: await self._register.load(name) for name in changed_at}
+            self._unregistered = frozenset(name for name, row in rows.items() if row is None)
+        names = {*await self._register.conversations_of(principal), *self._unregistered}
+        return {name: changed_at.get(name, 0) for name in names}
+
+    async def row(self, conversation: str) -> Row | None:
+        """What the register has of a conversation.
+
+        Raises:
+            Unavailable: It could not be read now.
+            Corrupt: It is damaged.
+        """
+        return await self._register.load(conversation)
+
+    async def read(self, conversation: str, question: Callable[[Conversation], Result]) -> Result:
+        """What a pure function of the committed document says, whether its room is open or not.
+
+        Raises:
+            Unavailable: It could not be read now.
+            Corrupt: It is damaged.
+        """
+        room = self._rooms.get(conversation)
+        if room is not None:
+            with suppress(LocalMisuse):  # it is in the middle of a turn, or not loaded yet
+                answer: Result = room.read(question)
+                return answer
+        loaded = await self._log.load(conversation)
+        replica = Conversation(1)  # writes nothing, so its id does not matter
+        try:
+            if loaded.snapshot is not None:
+                replica.apply(loaded.snapshot)
+            for _, update in loaded.updates:
+                replica.apply(update)
+        except MalformedMessage as error:
+            raise Corrupt(f"conversation {conversation} cannot be read from the log") from error
+        return question(replica)
 
     @property
     def health(self) -> Health:

@@ -39,11 +39,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from crdt_llm.sync.access import Pass
+    from crdt_llm.sync.conversation_list import ConversationLists, Lines
     from crdt_llm.sync.drafts import Drafts, Said
     from crdt_llm.sync.frames import Open
     from crdt_llm.sync.hub import Hub
     from crdt_llm.sync.leases import Granted, LeaseOffice
     from crdt_llm.sync.native_session import Event
+    from crdt_llm.sync.requests import Requests
     from crdt_llm.sync.room import Delivery, Room
     from crdt_llm.sync.verdict import Verdict
     from crdt_llm.sync.wire import AwarenessState
@@ -100,6 +102,8 @@ class NativeConnection:
         admit: What a token proves; raises if that is nothing.
         came_with: The token of the handshake, if there was one.
         leases: Where nodes get theirs; ``None`` if there are none to be had.
+        lists: Where lists of conversations are watched; ``None`` if they are empty for ever.
+        requests: What else may be asked for.
         clock: Seconds, monotonic.
         wake: Called when :meth:`take` may have something, or it is time to close. It must not wait.
     """
@@ -113,6 +117,8 @@ class NativeConnection:
         came_with: str | None,
         wake: Callable[[], None],
         leases: LeaseOffice | None = None,
+        lists: ConversationLists | None = None,
+        requests: Requests | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.close_code: CloseCode | None = None
@@ -132,6 +138,9 @@ class NativeConnection:
         self._doors = asyncio.Semaphore(ENTERING_MAX)
         self._owed: dict[int, ChannelPeer] = {}  # who lacks something; the first is served first
         self._is_asking = False  # the first of them asked its room
+        self._lists = lists
+        self._requests = requests
+        self._stop_watching: Callable[[], None] | None = None
         self._leases = leases
         self._leasing: dict[str, ChannelPeer] = {}  # conversation -> who asked for its lease last
         self._drafts: dict[int, _Draft] = {}  # by channel
@@ -155,6 +164,8 @@ class NativeConnection:
                 channel = self._channels.get(event.channel)
                 if channel is not None:
                     await channel.submit(event)
+            elif isinstance(event, Request):
+                await self._answer(event)
             else:
                 self._follow(event)
 
@@ -181,6 +192,9 @@ class NativeConnection:
     def leave(self) -> None:
         """The socket is gone."""
         self._session.close(CloseCode.INTERNAL_ERROR, "the socket is gone")
+        if self._stop_watching is not None:
+            self._stop_watching()
+            self._stop_watching = None
         if self._work is not None:
             self._work.stop()
             self._work = None
@@ -288,12 +302,12 @@ class NativeConnection:
             case Renew():
                 ttl_s = 0.0 if self._leases is None else self._leases.renew(self)
                 self._send(frames.Renewed(_ms(ttl_s)))
-            case Watch() | Request():
-                pass
+            case Watch(on):
+                self._watch(on=on)
             case Close(code, reason):
                 self._close(code, reason)
-            case Submit():
-                raise AssertionError("updates are handed over where waiting is possible")
+            case Submit() | Request():
+                raise AssertionError("these are carried out where waiting is possible")
             case _:
                 assert_never(event)
         self._wake()
@@ -363,6 +377,42 @@ class NativeConnection:
         """Whether a node may want to hear that a conversation changed."""
         takes_part = any(one.conversation == conversation for one in self._channels.values())
         return not takes_part and self.found is not None and self.found.may_enter(conversation)
+
+    # -- the list ------------------------------------------------------------------------------
+
+    def _watch(self, *, on: bool) -> None:
+        if self._stop_watching is not None:
+            self._stop_watching()
+            self._stop_watching = None
+        if not on or self.found is None:
+            return
+        if self._lists is None:
+            self._send(frames.Listed(whole=True, end=True, conversations=()))
+        else:
+            self._stop_watching = self._lists.watch(self.found, self._tell_lines)
+
+    def _tell_lines(self, lines: Lines, whole: bool) -> bool:  # noqa: FBT001 - called by place
+        if not whole and not self._outbox.has_room:
+            return False
+        parts = [
+            lines[at : at + frames.LISTED_MAX]
+            for at in range(0, max(1, len(lines)), frames.LISTED_MAX)
+        ]
+        for part in parts:
+            self._send(frames.Listed(whole, part is parts[-1], part))
+        self._wake()
+        return True
+
+    async def _answer(self, request: Request) -> None:
+        if self.found is None:
+            raise AssertionError("nobody asks before it is known who that is")
+        if self._requests is None:
+            answer = frames.Answer(request.id, None, "unknown", "this relay answers no requests")
+        else:
+            answer = await self._requests.answer(self.found, request)
+        if self.close_code is None:
+            self._send(answer)
+            self._wake()
 
     # -- leases --------------------------------------------------------------------------------
 

@@ -59,9 +59,11 @@ if TYPE_CHECKING:
     from websockets.typing import Subprotocol
 
     from crdt_llm.sync.access import Authenticate, Pass
+    from crdt_llm.sync.conversation_list import ConversationLists
     from crdt_llm.sync.hub import Hub
     from crdt_llm.sync.leases import LeaseOffice
     from crdt_llm.sync.native_peer import RelayIdentity
+    from crdt_llm.sync.requests import Requests
 
 logger = logging.getLogger("crdt_llm.sync")
 
@@ -136,6 +138,8 @@ class Relay:
         authenticate: What a token proves.
         is_valid: Whether what it proved still counts; asked of live connections again and again.
         leases: Where nodes get their leases; ``None`` if there are none to be had.
+        lists: The conversation lists of the native dialect; :meth:`stop` closes them.
+        requests: What clients of the native dialect may ask for.
         identity: What it says of itself in the native dialect, which it does not speak without.
         origins: Further origins whose pages may connect, as ``https://example.org``.
         page: What ``GET /`` shows.
@@ -153,6 +157,8 @@ class Relay:
         is_valid: Callable[[Pass], bool] = lambda _: True,
         identity: RelayIdentity | None = None,
         leases: LeaseOffice | None = None,
+        lists: ConversationLists | None = None,
+        requests: Requests | None = None,
         origins: frozenset[str] = frozenset(),
         page: str = _PAGE,
         node_problem: Callable[[], str | None] | None = None,
@@ -163,6 +169,8 @@ class Relay:
         self._authenticate = authenticate
         self._is_valid = is_valid
         self._identity = identity
+        self._lists = lists
+        self._requests = requests
         self._leases = leases
         if leases is not None:
             leases.vacant = hub.notice
@@ -220,6 +228,8 @@ class Relay:
         """Finish what was accepted, tell everyone to come back soon (1012), and let go."""
         if self._ticking is not None:
             self._ticking.cancel()
+        if self._lists is not None:
+            await self._lists.close()
         await self._hub.close()
         if self._server is not None:
             self._server.close(code=CloseCode.RESTART, reason="restarting")
@@ -395,6 +405,8 @@ class Relay:
             came_with=token,
             wake=wire.wake,
             leases=self._leases,
+            lists=self._lists,
+            requests=self._requests,
         )
         self._native.add(connection)
         late = asyncio.get_running_loop().call_later(self._limits.hello_s, be_late)
