@@ -22,11 +22,13 @@ export default defineConfig({
       }
     }
   },
+  ssr: { resolve: { conditions: ['source', 'module', 'node', 'import', 'default'] } },
   test: {
     include: ['e2e/**/*.test.ts'],
     // Each file starts a relay and a browser of its own; on two cores more would only slow each other.
     fileParallelism: false,
     testTimeout: 60_000,
-    hookTimeout: 120_000
+    hookTimeout: 120_000,
+    expect: { poll: { timeout: 20_000, interval: 50 } }
   }
 })

@@ -22,7 +22,7 @@ import {
   chromium,
   type Page
 } from 'playwright-core'
-import { expect } from 'vitest'
+import { expect, vi } from 'vitest'
 
 const ROOT = fileURLToPath(new URL('../../../', import.meta.url))
 const PYTHON = process.env.CRDT_LLM_PYTHON ?? join(ROOT, '.venv/bin/python')
@@ -111,9 +111,13 @@ export class Stack {
   }
 
   async #untilNodeIsReady(): Promise<void> {
-    await expect
-      .poll(async () => (await fetch(`${this.url}/readyz`)).status, { timeout: READY_MS_MAX })
-      .toBe(200)
+    await vi.waitFor(
+      async () => {
+        const { status } = await fetch(`${this.url}/readyz`)
+        if (status !== 200) throw new Error(this.messages)
+      },
+      { timeout: READY_MS_MAX, interval: 100 }
+    )
   }
 
   /** Ends the server; with SIGKILL as a power cut does. */

@@ -12,7 +12,8 @@ import { type LiveClient, LiveConversation } from './live'
 import { current, goTo, listShown, type Panel, panel, togglePanel } from './navigation'
 import { Notices, notify } from './notices'
 import { isOverlayOpen, Overlays, openShortcuts } from './overlays'
-import { Sidebar, startConversation, titleOf } from './sidebar'
+import { Sidebar, startConversation } from './sidebar'
+import { titleOf } from './titles'
 import { TreeMap } from './tree-map'
 
 const DeveloperView = lazy(() => import('./developer').then(module => module.DeveloperView))
@@ -61,7 +62,7 @@ function SidePanel({ live }: { live: LiveConversation }): JSX.Element | null {
   const shown = panel.value
   if (shown === null) return null
   return (
-    <aside class={`panel ${shown}`} aria-label={PANEL_TITLES[shown]}>
+    <aside class={`panel panel-${shown}`} aria-label={PANEL_TITLES[shown]}>
       <header>
         <h2>{PANEL_TITLES[shown]}</h2>
         <button

@@ -8,18 +8,9 @@ import type { LiveClient, LiveConversation } from './live'
 import { active } from './message'
 import { attempt } from './notices'
 import { hints, unsent } from './settings'
-
-const TITLE_CHARACTERS = 60
+import { titleFrom } from './titles'
 
 const KEPT_AFTER_MS = 250 // typing goes to the disk in pauses
-
-/** A first title from a first message. */
-export function titleFrom(text: string): string {
-  const line = text.trim().split('\n', 1)[0] ?? ''
-  if (line.length <= TITLE_CHARACTERS) return line
-  const cut = line.slice(0, TITLE_CHARACTERS)
-  return `${cut.slice(0, cut.lastIndexOf(' ') > 20 ? cut.lastIndexOf(' ') : undefined)}…`
-}
 
 function placeholder(client: LiveClient, live: LiveConversation): string {
   return client.status.value.state === 'online' || live.status.value.state === 'synced'
@@ -40,9 +31,15 @@ export function Composer({
   const id = live.on.id
   useEffect(() => {
     setText(unsent.read(id))
-    return () => {
+    const keep = (): void => {
       clearTimeout(keeping.current)
       unsent.write(id, field.current?.value ?? '')
+    }
+    // A page that is closed or reloaded is told so by nothing else.
+    addEventListener('pagehide', keep)
+    return () => {
+      removeEventListener('pagehide', keep)
+      keep()
       live.on.typing('')
     }
   }, [live])

@@ -12,8 +12,8 @@ import { Messages } from './messages'
 import { goTo, panel, showList, togglePanel } from './navigation'
 import { attempt } from './notices'
 import { openRename, openShare } from './overlays'
-import { titleOf } from './sidebar'
 import { count, plural } from './times'
+import { titleOf } from './titles'
 
 const PEOPLE_SHOWN = 4
 

@@ -1,7 +1,7 @@
 // What lies over the page: which dialog is open, one at a time.
 
 import { signal } from '@preact/signals'
-import { type JSX } from 'preact'
+import type { JSX } from 'preact'
 import { useState } from 'preact/hooks'
 import { Dialog } from './dialog'
 import type { LiveClient, LiveConversation } from './live'
@@ -10,6 +10,7 @@ import { attempt } from './notices'
 import { SettingsForm } from './preferences'
 import { ShareForm } from './share'
 import { SHORTCUTS } from './shortcuts'
+import { titleFrom } from './titles'
 
 type Overlay =
   | { readonly kind: 'shortcuts' | 'settings' | 'share' }
@@ -75,6 +76,14 @@ function RenameForm({
   )
 }
 
+/** Withdraws an entry, and the title that was made of it. */
+async function withdraw(live: LiveConversation, id: string): Promise<void> {
+  const text = live.on.entry(id)?.content ?? ''
+  const { title } = live.on.meta
+  await live.on.redact(id)
+  if (title !== '' && title === titleFrom(text)) await live.on.rename('')
+}
+
 function WithdrawForm({ live, entry }: { live: LiveConversation; entry: string }): JSX.Element {
   return (
     <>
@@ -91,7 +100,7 @@ function WithdrawForm({ live, entry }: { live: LiveConversation; entry: string }
           class="danger"
           onClick={() => {
             close()
-            void attempt('Not withdrawn', () => live.on.redact(entry))
+            void attempt('Not withdrawn', () => withdraw(live, entry))
           }}
         >
           Withdraw

@@ -3,6 +3,7 @@
 // page (health, metrics, sockets) never passes through here.
 
 export type {}
+
 declare const self: ServiceWorkerGlobalScope
 
 interface Precached {

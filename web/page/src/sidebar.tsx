@@ -12,13 +12,12 @@ import { addressOf, current, goTo } from './navigation'
 import { attempt } from './notices'
 import { openRename, openSettings, openShortcuts } from './overlays'
 import { machineTime, shortTime } from './times'
+import { titleOf } from './titles'
 
 const LISTED_MAX = 300 // rows in the document; a search finds the others
 
 const search = signal('')
 const showsArchived = signal(false)
-
-export const titleOf = (title: string): string => title.trim() || 'New conversation'
 
 function Row({
   summary,

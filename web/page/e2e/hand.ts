@@ -1,0 +1,15 @@
+// Another program that takes part: the provider in Node, for what no button of the page asks for.
+
+import { type Client, type ClientOptions, MemoryStore, openClient } from 'crdt-llm-provider'
+import WebSocket from 'ws'
+import type { Stack } from './stack'
+
+export const hand = (stack: Stack, more: Partial<ClientOptions> = {}): Promise<Client> =>
+  openClient({
+    url: stack.url,
+    token: stack.token,
+    device: 'Program',
+    store: new MemoryStore(),
+    socket: (url: string, protocol: string) => new WebSocket(url, protocol) as never,
+    ...more
+  })
