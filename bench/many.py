@@ -77,6 +77,27 @@ async def _at_once(peers: Sequence[Peer], text: str) -> Row:
     return Row(len(turns) * TOKENS / took_s, statistics.median(gaps), max(gaps))
 
 
+async def _teams(
+    stack: AsyncExitStack, options: argparse.Namespace, model: Path, folder: Path
+) -> list[list[Peer]]:
+    """So many conversations with each peer that can be had here."""
+    count = options.conversations
+    url, token = await stack.enter_async_context(serving(folder, model))
+    ours = await stack.enter_async_context(conversations(url, token, folder, count))
+    teams: list[list[Peer]] = [[CrdtLlm(one, OURS) for one in ours]]
+    for name, server in {
+        "llama.cpp": llama_cpp(folder, count),
+        "vllm": vllm(folder, model, count),
+    }.items():
+        if name in options.without:
+            continue
+        try:
+            teams.append(await stack.enter_async_context(server))
+        except Skipped as why:
+            print(f"{name} is skipped: {why}")
+    return teams
+
+
 async def run(options: argparse.Namespace, model: Path, folder: Path) -> dict[str, dict[str, Row]]:
     """Every peer at every context length.
 
@@ -84,25 +105,12 @@ async def run(options: argparse.Namespace, model: Path, folder: Path) -> dict[st
         By context length, then by peer.
     """
     found: dict[str, dict[str, Row]] = {}
-    count = options.conversations
     for context in options.contexts:
         rows = found[str(context)] = {}
         async with AsyncExitStack() as stack:
             here = folder / str(context)
             here.mkdir()
-            url, token = await stack.enter_async_context(serving(here, model))
-            ours = await stack.enter_async_context(conversations(url, token, here, count))
-            teams: list[list[Peer]] = [[CrdtLlm(one, OURS) for one in ours]]
-            for name, server in {
-                "llama.cpp": llama_cpp(here, count),
-                "vllm": vllm(here, model, count),
-            }.items():
-                if name in options.without:
-                    continue
-                try:
-                    teams.append(await stack.enter_async_context(server))
-                except Skipped as why:
-                    print(f"{name} is skipped: {why}")
+            teams = await _teams(stack, options, model, here)
             text = " ".join([WORDS] * max(1, context // TOKENS_OF_WORDS))
             for team in teams:
                 for peer in team:
