@@ -191,11 +191,9 @@ export class OpenConversation implements Conversation {
     }
     for (const entry of collected.entries) this.noteUnsettled(entry)
     const change: Change = collected
+    if (change.meta) this.tellStatus() // rights are part of it
     this.listeners.tell('change', change)
-    if (change.meta) {
-      this.tellStatus()
-      this.host.changed(this)
-    }
+    if (change.meta) this.host.changed(this)
   }
 
   private noteUnsettled(id: string): void {

@@ -287,9 +287,13 @@ export class Document {
     return node === null || signature === null ? null : { node, signature }
   }
 
-  /** All epochs that have a lease. */
-  get epochs(): string[] {
+  /** The epochs from `first` on that have a lease, in order. */
+  epochs(first: number): number[] {
     return [...this.roots.leases.keys()]
+      .filter(key => /^(0|[1-9][0-9]{0,15})$/.test(key))
+      .map(Number)
+      .filter(epoch => epoch >= first && this.lease(epoch) !== null)
+      .sort((a, b) => a - b)
   }
 
   /** An entry's `born`. O(1). */

@@ -133,6 +133,16 @@ const equal = (a: Uint8Array | null, b: Uint8Array): boolean =>
 
 // -- the walk ----------------------------------------------------------------------------------
 
+/** What is looked at, and by what. */
+interface Chain {
+  readonly document: Document
+  readonly conversation: string
+  readonly relay: Uint8Array | null
+  readonly check: CheckSignature
+  /** Epoch -> whether the relay signed its lease. */
+  readonly leases: Map<number, boolean>
+}
+
 /**
  * Walk a path from the root and say of each admitted entry whether it holds. Ends before the first
  * entry without a proof yet (a pending one, or a reply that is still streaming), and after the first
@@ -148,21 +158,21 @@ export const verifyPath = async (
   conversation: string,
   path: readonly string[],
   relay: Uint8Array | null,
-  check?: CheckSignature
+  by?: CheckSignature
 ): Promise<Verdict[]> => {
-  const holds = check ?? (await signatureCheck())
-  const checked: CheckSignature = async (key, signature, message) =>
+  const holds = by ?? (await signatureCheck())
+  const check: CheckSignature = async (key, signature, message) =>
     key.length === KEY_BYTES &&
     signature.length === SIGNATURE_BYTES &&
     holds(key, signature, message)
-  const leases = new Map<number, string | null>()
+  const chain: Chain = { document, conversation, relay, check, leases: new Map() }
   const verdicts: Verdict[] = []
   let digest = rootDigest(conversation)
   for (const id of path) {
     const entry = document.entry(id, false)
     if (entry === undefined || !document.tree.isAdmitted(id)) break
     if (entry.isSlot && entry.state === 'streaming') break
-    const problem = await problemOf(document, conversation, entry, digest, relay, checked, leases)
+    const problem = await problemOf(chain, entry, digest)
     verdicts.push({ entry: id, digest: entry.proof?.digest ?? null, problem })
     if (problem !== null || entry.proof === null) break
     digest = entry.proof.digest
@@ -171,40 +181,44 @@ export const verifyPath = async (
 }
 
 const problemOf = async (
-  document: Document,
-  conversation: string,
+  chain: Chain,
   entry: Entry,
-  parent: Uint8Array,
-  relay: Uint8Array | null,
-  check: CheckSignature,
-  leases: Map<number, string | null>
+  parent: Uint8Array
 ): Promise<string | null> => {
   const { proof, place } = entry
   if (proof === null || place === null) return 'no proof'
-  const lease = document.lease(place.epoch)
-  if (lease === null) return `no lease for epoch ${place.epoch}`
-  if (relay !== null) {
-    let problem = leases.get(place.epoch)
-    if (problem === undefined) {
-      const message = leaseMessage(conversation, place.epoch, lease.node)
-      problem = (await check(relay, lease.signature, message))
-        ? null
-        : 'the lease is not signed by the relay'
-      leases.set(place.epoch, problem)
-    }
-    if (problem !== null) return problem
-  }
   if (entry.redacted === null) {
     const { salt } = entry
     if (salt === null || !equal(proof.content, commitContent(salt, entry.content))) {
       return 'the text is not the one that was committed to'
     }
   }
+  const { document, conversation } = chain
   if (!equal(entryDigest(entry, document.bornPlain(entry.id), parent), proof.digest)) {
     return 'the digest does not follow from the entries before it'
   }
-  const message = proofMessage(conversation, place.epoch, proof.digest)
-  return (await check(lease.node, proof.signature, message))
-    ? null
-    : 'the proof is not signed by the node'
+  if (document.lease(place.epoch) === null) return `no lease for epoch ${place.epoch}`
+  // A reply may be taken over: its end may be signed under any later lease.
+  const epochs = entry.isSlot ? document.epochs(place.epoch) : [place.epoch]
+  for (const epoch of epochs) {
+    const lease = document.lease(epoch)
+    if (lease === null) continue
+    const message = proofMessage(conversation, epoch, proof.digest)
+    if (!(await chain.check(lease.node, proof.signature, message))) continue
+    return (await isLeased(chain, epoch, lease)) ? null : 'the relay did not sign the lease'
+  }
+  return 'the proof is not signed by the node'
+}
+
+const isLeased = async (
+  { relay, leases, check, conversation }: Chain,
+  epoch: number,
+  { node, signature }: { node: Uint8Array; signature: Uint8Array }
+): Promise<boolean> => {
+  if (relay === null) return true
+  const known = leases.get(epoch)
+  if (known !== undefined) return known
+  const holds = await check(relay, signature, leaseMessage(conversation, epoch, node))
+  leases.set(epoch, holds)
+  return holds
 }

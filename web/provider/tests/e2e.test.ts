@@ -1,8 +1,15 @@
 /** Two providers and the real relay. */
 
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest'
-import { type Client, type ClientOptions, type Conversation, openClient } from '../src/index.js'
-import { Relay, until } from './relay.js'
+import {
+  type Client,
+  type ClientOptions,
+  type Conversation,
+  MemoryStore,
+  openClient
+} from '../src/index.js'
+import { NO_PROFILE } from '../src/store.js'
+import { DeafLine, Relay, until } from './relay.js'
 
 const relay = new Relay()
 const clients: Client[] = []
@@ -25,8 +32,6 @@ const client = async (more: Partial<ClientOptions> = {}): Promise<Client> => {
 const texts = (one: Conversation): string[] => one.entries().map(entry => entry.content)
 const changes = (one: Conversation, holds: () => boolean): Promise<void> =>
   until(holds, look => one.on('change', look))
-const statuses = (one: Conversation, holds: () => boolean): Promise<void> =>
-  until(holds, look => one.on('status', look))
 
 describe('two devices on a relay', () => {
   it('take every kind of write, and end up equal', async () => {
@@ -94,4 +99,147 @@ describe('two devices on a relay', () => {
     expect(texts(one).sort()).toEqual(['a1', 'a2', 'a3', 'b1', 'b2', 'zero'])
     expect(one.entries().every(entry => entry.standing === 'pending')).toBe(true)
   })
+
+  it('tell each other who is here, and who left', async () => {
+    const [here, there] = [await client({ device: 'phone' }), await client({ device: 'laptop' })]
+    const one = await here.create()
+    await one.settled()
+    const two = await there.open(one.id)
+    const devices = (): string[] => two.presence.map(each => each.device).sort()
+    const presence = (look: () => void): (() => void) => two.on('presence', look)
+    await until(() => devices().join() === 'laptop,phone', presence)
+    await one.close()
+    await until(() => devices().join() === 'laptop', presence)
+  })
+})
+
+describe('nothing is lost and nothing is there twice', () => {
+  it('when the line breaks before the acknowledgement', async () => {
+    const line = new DeafLine()
+    const [here, there] = [await client({ socket: line.socket }), await client()]
+    const one = await here.create()
+    await one.settled()
+    const two = await there.open(one.id)
+    await two.synced()
+    line.deaf = true
+    await one.send('heard by all but us')
+    await changes(two, () => texts(two).length === 1)
+    expect(one.status.unsent).toBe(1)
+    line.deaf = false
+    line.cut()
+    await one.settled()
+    await two.send('after that')
+    await changes(one, () => texts(one).length === 2)
+    expect(texts(one)).toEqual(['heard by all but us', 'after that'])
+    expect(texts(two)).toEqual(texts(one))
+  })
+
+  it('when the page is loaded again before anything was sent', async () => {
+    const store = new MemoryStore()
+    const first = await client({ store, offline: true, principal: 'owner' })
+    const one = await first.create({ title: 'kept' })
+    await one.ask('from before')
+    const before = first.list
+    await first.close()
+    const again = await client({ store, offline: true })
+    expect(again.list).toEqual(before)
+    expect(again.list).toMatchObject([{ id: one.id, title: 'kept', role: null }])
+    // Nobody opens it: it is sent all the same.
+    const other = await client()
+    again.retry()
+    const two = await other.open(one.id)
+    await changes(two, () => texts(two).length === 2)
+    expect(texts(two)[0]).toBe('from before')
+    expect(two.meta.title).toBe('kept')
+  })
+
+  it('when the relay stops and starts', async () => {
+    const here = await client()
+    const one = await here.create()
+    await one.send('before')
+    await one.settled()
+    await relay.stop()
+    await until(
+      () => here.status.state === 'offline',
+      look => here.on('status', look)
+    )
+    await one.send('meanwhile')
+    await relay.start()
+    here.retry()
+    await one.settled()
+    const two = await (await client()).open(one.id)
+    await two.synced()
+    expect(texts(two)).toEqual(['before', 'meanwhile'])
+  })
+
+  it('when the relay loses its log', async () => {
+    const here = await client()
+    const one = await here.create()
+    await one.send('before')
+    await one.settled()
+    await relay.stop()
+    await one.send('meanwhile')
+    await relay.start(true)
+    here.retry()
+    await one.settled()
+    const two = await (await client()).open(one.id)
+    await two.synced()
+    expect(texts(two)).toEqual(['before', 'meanwhile'])
+  })
+})
+
+describe('a refused write', () => {
+  it('becomes a draft, and the rest goes on', async () => {
+    const [here, there] = [await client(), await client({ token: 'ann' })]
+    const one = await here.create()
+    await one.share('ann', 'writer')
+    await one.send('zero')
+    await one.settled()
+    const two = await there.open(one.id)
+    await two.synced()
+    expect(two.status.grant).toBe('writer')
+
+    // While she is away she writes, and loses the right to.
+    there.disconnect()
+    await two.send('too late')
+    await one.share('ann', 'reader')
+    await one.settled()
+    there.retry()
+    await until(
+      () => two.refused.length > 0,
+      look => two.on('refused', look)
+    )
+    expect(two.refused).toMatchObject([{ text: 'too late', code: 'denied', kind: 'entry' }])
+    expect(texts(two)).toEqual(['zero'])
+    expect(two.status).toMatchObject({ state: 'synced', unsent: 0, grant: 'reader' })
+    await expect(two.send('again')).rejects.toMatchObject({ code: 'refused' })
+
+    const heard = changes(two, () => two.status.grant === 'writer')
+    await one.share('ann', 'writer')
+    await heard
+    await two.resend(two.refused[0]?.id ?? '')
+    await two.settled()
+    expect(two.refused).toEqual([])
+    await changes(one, () => texts(one).includes('too late'))
+  })
+
+  it('of a stranger closes the conversation and keeps it readable', async () => {
+    const here = await client()
+    const one = await here.create()
+    await one.settled()
+    const two = await (await client({ token: 'eve' })).open(one.id)
+    await expect(two.synced()).rejects.toMatchObject({ code: 'refused', rule: '4403' })
+    expect(two.status).toMatchObject({ state: 'refused', code: 4403 })
+  })
+})
+
+it('refuses a relay with another key than the one it knows', async () => {
+  const store = new MemoryStore()
+  await store.saveProfile({ ...NO_PROFILE, relay: new Uint8Array(32) })
+  const here = await client({ store })
+  await until(
+    () => here.status.state === 'refused',
+    look => here.on('status', look)
+  )
+  expect(here.status.reason).toContain('another key')
 })

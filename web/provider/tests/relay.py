@@ -5,6 +5,8 @@
 It prints ``ready PORT`` once it accepts connections, and stops when its standard input ends.
 """
 
+# ruff: noqa: INP001 - a program beside the tests that start it, no package
+
 from __future__ import annotations
 
 import asyncio
