@@ -186,6 +186,63 @@ def serve(
 
 @app.command(
     cls=Command,
+    epilog="Example: crdt-llm node --url wss://relay.example.org/ --token-file node.token",
+)
+def node(
+    url: _Url = DEFAULT_URL,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--token-file",
+            help="A token for a node (`crdt-llm token issue node --node`); by default"
+            " DATA/node.token.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", help="The node's own folder; by default in this user's.", show_default=False
+        ),
+    ] = None,
+    model: _Model = DEFAULT_MODEL,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            help="The node's signing key; by default DATA/node.key, made by the first run.",
+            show_default=False,
+        ),
+    ] = None,
+    master_key: Annotated[
+        Path | None,
+        typer.Option(
+            help="A copy of the relay's keys/master.key, which seals what is hidden; by default"
+            " DATA/master.key.",
+            show_default=False,
+        ),
+    ] = None,
+    verbose: _Verbose = False,
+) -> None:
+    """Run an inference node for a relay that is elsewhere.
+
+    Prints one line, `ready KEY`, when it is connected and can answer. Any number of nodes may serve
+    one relay; each conversation has one at a time, and another takes over if that one is gone.
+    """
+    from crdt_llm.cli.node import NodeFolder, run_node  # noqa: PLC0415 - see the module's docstring
+
+    run_node(
+        url=url,
+        token_file=NodeFolder.named(data).token if token_file is None else token_file,
+        data=data,
+        model=model,
+        key=key,
+        master_key=master_key,
+        verbose=verbose,
+    )
+
+
+@app.command(
+    cls=Command,
     epilog="Example: crdt-llm chat   or: echo 'Name three rivers.' | crdt-llm chat --new",
 )
 def chat(

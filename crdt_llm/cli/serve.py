@@ -22,9 +22,11 @@ from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.errors import Corrupt, DataFolderBusy, ModelUnusable
 from crdt_llm.store.register import SqliteRegister
 from crdt_llm.store.sqlite import SqliteLog
-from crdt_llm.sync.access import TokenAccess, load_or_create_token
+from crdt_llm.store.token_ledger import TokenLedger
+from crdt_llm.sync.access import Authority, load_or_create_token
 from crdt_llm.sync.hub import Hub
 from crdt_llm.sync.leases import LeaseOffice
+from crdt_llm.sync.native_peer import RelayIdentity
 from crdt_llm.sync.relay import Relay
 
 if TYPE_CHECKING:
@@ -88,6 +90,11 @@ def _line(text: str) -> None:
     sys.stderr.flush()
 
 
+def now_ms() -> int:
+    """Wall time, ms since 1970."""
+    return time.time_ns() // 1_000_000
+
+
 def _loopback_url(host: str, port: int) -> str:
     shown = "127.0.0.1" if host in {"", "0.0.0.0", "::"} else host  # noqa: S104 - shown, not bound
     return f"http://[{shown}]:{port}/" if ":" in shown else f"http://{shown}:{port}/"
@@ -135,6 +142,10 @@ async def serve(folder: DataFolder, *, host: str, port: int, model_dir: Path | N
     async with AsyncExitStack() as stack:
         _check_keys(folder)
         token = load_or_create_token(folder.token)
+        tokens = TokenLedger.open(folder.tokens)
+        stack.callback(tokens.close)
+        token_key = load_or_create_secret(folder.key("token"))
+        authority = Authority(token, token_key, tokens, clock=now_ms)
         log = await SqliteLog.open(folder.log)
         stack.push_async_callback(log.close)
         register = await SqliteRegister.open(folder.register)
@@ -151,7 +162,10 @@ async def serve(folder: DataFolder, *, host: str, port: int, model_dir: Path | N
                 node = make_node(folder, hub, model_dir, office)
         relay = Relay(
             hub,
-            authenticate=TokenAccess(token).authenticate,
+            authenticate=authority.authenticate,
+            is_valid=authority.is_valid,
+            identity=RelayIdentity(relay_key.public, log.log_id),
+            leases=office,
             node_problem=None if node is None else lambda: node.problem,
         )
         # Last in, first out: the node leaves its seats before the rooms close behind it.

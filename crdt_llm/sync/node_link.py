@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -80,12 +81,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("crdt_llm.sync")
 
+SEATS_MAX: Final = 200
+"""Seats that a node should take at once; a relay allows a few more on one connection, for those
+that are just being left."""
+
 KEPT_MAX: Final = 256
 """Conversations without a seat of which is kept what the relay said: a connection that breaks loses
 as many seats at once."""
 
 RENEWALS_PER_TTL: Final = 3
 """So that one renewal may be lost, and another one late."""
+
+FLUSH_S_MAX: Final = 2.0
+"""How long the end waits for frames that are still on their way; what they give back runs out."""
 
 GREETING_S_MAX: Final = 10.0
 """How long the relay may take to answer the first frame."""
@@ -322,6 +330,8 @@ class NodeLink:
         self._last_channel = 0
         self._outgoing: deque[FromClient] = deque()
         self._more = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._drained.set()
         self._ttl_s: float | None = None  # of the leases that are had
         self._is_leased = asyncio.Event()  # there may be some
         self._renewed = asyncio.Event()
@@ -345,6 +355,16 @@ class NodeLink:
                 self.problem = f"the relay speaks another language: {error}"
                 logger.error("%s; next attempt in %.1f s", self.problem, wait)  # noqa: TRY400 - one line
                 await asyncio.sleep(wait)
+
+    async def connected(self) -> None:
+        """Wait for a connection."""
+        await self._online.wait()
+
+    async def flush(self) -> None:
+        """Wait for what waits to be sent, for a short while."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_S_MAX):
+                await self._drained.wait()
 
     async def take_seat(self, conversation: str, calls: Calls) -> NodeSeat:
         """Take part in a conversation; waits for a connection.
@@ -375,6 +395,7 @@ class NodeLink:
     def send(self, frame: FromClient) -> None:
         """Send a frame of a seat. While there is no connection there are no seats."""
         self._outgoing.append(frame)
+        self._drained.clear()
         self._more.set()
 
     def kept(self, conversation: str) -> _Kept:
@@ -467,6 +488,7 @@ class NodeLink:
         for seat in tuple(self._seats.values()):
             seat.end(ConnectionLost(self.problem))
         self._outgoing.clear()
+        self._drained.set()
 
     async def _read(self, socket: Socket) -> None:
         while True:
@@ -491,6 +513,7 @@ class NodeLink:
         while True:
             while self._outgoing:
                 await socket.send(encode(self._outgoing.popleft()))
+            self._drained.set()
             self._more.clear()
             await self._more.wait()
 
