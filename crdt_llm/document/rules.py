@@ -194,6 +194,33 @@ def check(
     _Check(change, conversation, conversation_id, author).run()
 
 
+def check_born(value: Mapping[str, Any], role: Role) -> None:
+    """E2, but for whose it is: the forms of the values in a ``born`` with a known role.
+
+    Raises:
+        Refused: one of them is unknown, missing or malformed.
+    """
+    unknown = set(value) - _BORN_KEYS
+    _need(not unknown, "born", f"born has no {min(unknown, default='')!r}")
+    forms = (
+        text(value.get("device"), PRINCIPAL_CHARACTERS_MAX) is not None,
+        whole(value.get("at"), 0) is not None,
+        value.get("mode") in ("continue", "fork"),
+        value.get("after", ROOT) == ROOT or is_entry_id(value.get("after")),
+        "params" not in value or (role is Role.ASSISTANT and _is_params(value["params"])),
+        (role is Role.TOOL) == ("call" in value),
+        "call" not in value or bool(text(value["call"], CALL_CHARACTERS_MAX)),
+        "covers" not in value or (role is not Role.ASSISTANT and _is_covers(value["covers"])),
+    )
+    _need(all(forms), "born", "a value in born is missing or malformed")
+
+
+def is_meta(key: str, value: Any) -> bool:
+    """C4: whether ``meta`` may hold this plain value, ``schema`` and ``birth`` aside."""
+    form = _META_FORMS.get(key)
+    return form is not None and form(value)
+
+
 class _Check:
     """One run of the rules; holds what they share."""
 
@@ -401,20 +428,7 @@ class _Check:
         if born is None or not isinstance(value, dict):
             raise Refused("born", "an entry needs a born with a known role and a clock")
         _need(born.author == self._author.principal, "forged-author", "write under your own name")
-        unknown = set(value) - _BORN_KEYS
-        _need(not unknown, "born", f"born has no {min(unknown, default='')!r}")
-        forms = (
-            text(value.get("device"), PRINCIPAL_CHARACTERS_MAX) is not None,
-            whole(value.get("at"), 0) is not None,
-            value.get("mode") in ("continue", "fork"),
-            value.get("after", ROOT) == ROOT or is_entry_id(value.get("after")),
-            "params" not in value or (born.role is Role.ASSISTANT and _is_params(value["params"])),
-            (born.role is Role.TOOL) == ("call" in value),
-            "call" not in value or bool(text(value["call"], CALL_CHARACTERS_MAX)),
-            "covers" not in value
-            or (born.role is not Role.ASSISTANT and _is_covers(value["covers"])),
-        )
-        _need(all(forms), "born", "a value in born is missing or malformed")
+        check_born(value, born.role)
         if born.role is Role.ASSISTANT:
             return
         content = one.added.get("content")

@@ -66,6 +66,10 @@ def _ignore(_: CrdtLlmError) -> None:
     """Nobody asked to hear of it."""
 
 
+def _ignore_update(_: bytes) -> None:
+    """Nobody asked to hear of it."""
+
+
 class Membership(Peer):
     """A peer in this process, such as a node. Made by :meth:`Hub.join`.
 
@@ -100,8 +104,15 @@ class Membership(Peer):
         self._over: CrdtLlmError | None = None
         self._waiting: dict[asyncio.Future[Verdict], None] = {}
 
-    async def submit(self, update: bytes) -> None:
+    async def submit(
+        self, update: bytes, *, restore: bool = False, doubts: list[str] | None = None
+    ) -> None:
         """Write. Returns when the update is durable (or was already); cancelling stops nothing.
+
+        Args:
+            update: What was written.
+            restore: It is all that this peer had acknowledged.
+            doubts: See :class:`~crdt_llm.sync.room.Submission`.
 
         Raises:
             Refused: Against a rule; nothing of it is stored.
@@ -117,7 +128,9 @@ class Membership(Peer):
         waiting: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         self._waiting[waiting] = None
         waiting.add_done_callback(lambda done: self._waiting.pop(done, None))
-        submission = Submission(self, update, is_document=True, tag=waiting)
+        submission = Submission(
+            self, update, is_document=True, tag=waiting, restore=restore, doubts=doubts
+        )
         await self._room.submit(submission)
         verdict = await asyncio.shield(waiting)
         match verdict:
@@ -283,6 +296,33 @@ class Hub:
             Unavailable: There can be no lease now.
         """
         return await self._room(conversation).grant_epoch(node)
+
+    async def import_trusted(self, conversation: str, update: bytes) -> tuple[str, ...]:
+        """Take a conversation that neither log nor register know, on an operator's word.
+
+        Its facts become the register's: whose it is, who may do what, what was admitted. Where the
+        register knows it, nothing is believed that does not prove itself.
+
+        Args:
+            conversation: Its id.
+            update: All of a replica.
+
+        Returns:
+            What could not be verified and was taken all the same, one line each.
+
+        Raises:
+            Refused: It is no conversation of that id, malformed, or known and against its rules.
+            CrdtLlmError: As :meth:`enter`.
+        """
+        doubts: list[str] = []
+        membership = Membership("", node=False, deliver=_ignore_update, lost=_ignore)
+        membership.is_operator = True
+        await self.enter(conversation, membership)
+        try:
+            await membership.submit(update, doubts=doubts)
+        finally:
+            membership.leave()
+        return tuple(dict.fromkeys(doubts))
 
     def subscribe(self, changed: Callable[[str], None]) -> Callable[[], None]:
         """Call ``changed`` with the conversation's id after every commit; the answer ends that."""

@@ -69,9 +69,8 @@ def follow(row: Row, change: Change, conversation: Conversation) -> Row:
         parents = set(placed.values())
         names = (row.tips.keys() | placed.keys()) - parents
         digests = {
-            entry: digest_of(conversation, entry)
-            if entry in placed or entry in proved
-            else row.tips[entry]
+            # What was registered once stays: a replica that is older may have less of it.
+            entry: row.tips.get(entry) or digest_of(conversation, entry)
             for entry in names
         }
         row = _with_tips(row, digests)

@@ -163,7 +163,7 @@ class RemotePeer(Peer):
         match event:
             case Ask():
                 if self._room is not None:
-                    self._outbox.put_first(encode_frame(SyncStep1(self._room.state_vector())))
+                    self._outbox.put_first(encode_frame(SyncStep1(self._room.state_vector(self.author))))
             case GoLive():
                 self._is_live = True
             case Answer(state_vector):

@@ -23,7 +23,11 @@ I5. If a commit fails, or the log cannot be read, the room ends: every peer is t
     and whoever comes next gets a room that was loaded anew.
 I6. The register follows the log: what a commit changed of its facts is durable there before
     anything of the turn is handed out. A token of a reply changes none.
-I7. An epoch is durable in the register before anybody hears of it, and it changes between turns:
+I7. After a loss of the log what the register says counts: rights, what was withdrawn, what was
+    admitted. Until the first lease that is granted after it, a peer's document may bring back what
+    proves itself (:mod:`crdt_llm.sync.restore`); where it contradicts the register this room
+    writes the correction in the same commit, so that what was withdrawn never reaches the log.
+I8. An epoch is durable in the register before anybody hears of it, and it changes between turns:
     what a node wrote before it lost the lease and what it wrote after are told apart by nothing
     but the order of this room.
 
@@ -49,6 +53,7 @@ from crdt_llm.document.conversation import (
     ACCESS,
     EMPTY_STATE_VECTOR,
     EMPTY_UPDATE,
+    ENTRIES,
     LEASES,
     META,
     Conversation,
@@ -74,11 +79,20 @@ from crdt_llm.errors import (
 )
 from crdt_llm.sync import ledger
 from crdt_llm.sync.awareness import Awareness
+from crdt_llm.sync.restore import (
+    Claim,
+    judge,
+    leftovers,
+    right_of,
+    unconfirmed,
+    wrong_rights,
+)
 from crdt_llm.sync.shape import check_parents, check_shape, hides
 from crdt_llm.sync.structure import (
     DOCUMENT_LIMITS,
     HELD_LIMITS,
     TRANSACTION_LIMITS,
+    Id,
     brings,
     find_gap,
     find_rewrite,
@@ -91,10 +105,10 @@ from crdt_llm.sync.wire import UPDATE_BYTES_MAX, decode_state_vector, encode_sta
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from crdt_llm.document.conversation import Change
+    from crdt_llm.document.conversation import Change, Edit
     from crdt_llm.store.log import UpdateLog
     from crdt_llm.store.register import Register, Row
-    from crdt_llm.sync.structure import Id, Limits, Missing, UpdateStructure
+    from crdt_llm.sync.structure import Limits, Missing, UpdateStructure
     from crdt_llm.sync.verdict import Verdict
     from crdt_llm.sync.wire import AwarenessState
 
@@ -143,6 +157,12 @@ COMPACT_BYTES_MIN: Final = 64 << 10
 COMPACT_UPDATES_MAX: Final = 4096
 """Updates after which the log is folded in any case: loading applies them one by one, in 50 us."""
 
+JUDGED_AT_ONCE: Final = 4
+"""Entries of a restore that are verified before others get the thread: 0.3 ms each."""
+
+ENTRY_CLOCKS: Final = 3
+"""The clocks of an entry and of what it is born with: the map, ``born``, ``content``."""
+
 REPLAY_CHUNK: Final = 256
 """Updates that are replayed at a time while a room is loaded; then others get the thread."""
 
@@ -154,14 +174,20 @@ class Submission:
     Attributes:
         peer: Whose it is.
         update: A Yjs v1 update, unchecked.
-        is_document: It may be as large as a document, not just as a transaction.
+        is_document: It may be as large as a document, not just as a transaction. After a loss of
+            the log it is taken as a restore: a stock client has no other way to bring one.
         tag: Whatever the peer wants to see again with the verdict.
+        restore: It is what its peer had acknowledged, for a relay that has lost it.
+        doubts: Believe a conversation that the register does not know, and say in this list what
+            in it could not be verified. For an operator's import, never for a client.
     """
 
     peer: Peer
     update: bytes
     is_document: bool = False
     tag: Any = None
+    restore: bool = False
+    doubts: list[str] | None = None
 
 
 class Delivery:
@@ -191,6 +217,9 @@ class Peer(ABC):
 
     survives_refusal = False
     """Whether it may go on after a refusal. If not, what it sent after is never looked at."""
+
+    is_operator = False
+    """Whether it acts for whoever runs this relay: it may be in any room, without a right."""
 
     def __init__(self, principal: str, *, node: bool = False) -> None:
         self.author = Author(principal, node)
@@ -344,8 +373,9 @@ class Room:
         self._relay_key = relay_key
         self._row: Row | None = None  # as it is durable; None before there is a birth
         self._clients: dict[int, str] = {}  # client id -> whose it is, what is accepted included
-        self._bound = False  # a client id was bound since the row was saved
+        self._is_noteworthy = False  # something beside the document changed since the row was saved
         self._behind: tuple[str, ...] = ()  # tips that the register has and the document lacks
+        self._unconfirmed: dict[str, tuple[str, Id]] = {}  # entry -> its author, and where it is
         self._is_restoring = False  # the log lost something, and no lease was granted since
         self._granting: deque[tuple[bytes, asyncio.Future[int]]] = deque()
         self._replica: Conversation | None = None
@@ -443,9 +473,21 @@ class Room:
             for seat in tuple(self._seats.values()):
                 self._call(seat, seat.peer.presence, states)
 
-    def state_vector(self) -> bytes:
-        """What is committed, as a state vector. Only between turns (I1)."""
-        return self._settled_replica().state_vector()
+    def state_vector(self, author: Author | None = None) -> bytes:
+        """What is committed, as a state vector. Only between turns (I1).
+
+        Args:
+            author: Whom it is for. Of its own entries that somebody else brought back it says
+                nothing, so that it sends them and thereby confirms them.
+        """
+        committed = self._settled_replica().state_vector()
+        if author is None or not self._unconfirmed or author.node:
+            return committed
+        clocks = decode_state_vector(committed)
+        for whose, where in self._unconfirmed.values():
+            if whose == author.principal:
+                clocks[where.client] = min(where.clock, clocks.get(where.client, 0))
+        return encode_state_vector({client: clock for client, clock in clocks.items() if clock})
 
     def diff(self, state_vector: bytes = EMPTY_STATE_VECTOR) -> bytes:
         """What is committed and not in ``state_vector``. Only between turns (I1)."""
@@ -564,6 +606,8 @@ class Room:
             await self._check_batch(batch)
             if batch.accepted:
                 await self._commit(batch)
+            was_noteworthy = self._is_noteworthy
+            if batch.accepted or was_noteworthy:
                 await self._note(batch)
         finally:
             self._in_turn = False
@@ -572,8 +616,9 @@ class Room:
             await self._grant_epochs()
         self._let_in()
         self._give_answers()
-        if batch.accepted:
+        if batch.accepted or was_noteworthy:
             self._committed(self.id)
+        if batch.accepted:
             await self._compact_if_due()
         if self._line or self._asking:
             self._wake.set()
@@ -616,16 +661,21 @@ class Room:
         self, seat: _Seat, submission: Submission, author: Author, batch: _Batch
     ) -> Verdict:
         """I4. ``Committed`` is promised here and true after the commit."""
+        is_restore = self._is_restore(submission, author)
         try:
-            look = await self._look(submission, author)
+            look = await self._look(submission, author, is_restore=is_restore)
         except (Refused, MalformedMessage) as error:
             return Denied(error)
         if look.missing is not None:
             return Lacking(str(look.missing))
+        self._confirm(look, author)
         if not look.brings:
             return Known()
         try:
-            change = await self._apply(submission, look, author)
+            if is_restore:
+                change = await self._restore(submission, look, author)
+            else:
+                change = await self._apply(submission, look, author)
         except _Dirty as dirty:
             await self._rebuild(batch.updates)
             return dirty.verdict
@@ -635,26 +685,35 @@ class Room:
         if look.structure.deleted:
             self._deletions = None
         for client in look.fresh:
-            if client not in self._clients:
+            if client not in self._clients and not is_restore:
                 self._clients[client] = _owner_of_clients(author)
-                self._bound = True
+                self._is_noteworthy = True
         self._document_bytes += len(change.update)
-        batch.accepted.append((seat, change))
+        # A restore may have been corrected: then its sender has to hear of it like everyone else.
+        batch.accepted.append((_Seat(seat.peer) if is_restore else seat, change))
         return _ACCEPTED
 
-    async def _look(self, submission: Submission, author: Author) -> _Look:
+    def _is_restore(self, submission: Submission, author: Author) -> bool:
+        if submission.doubts is not None and self._row is None:
+            return True
+        brings_all = submission.restore or submission.is_document
+        return self._is_restoring and brings_all and not author.node
+
+    async def _look(self, submission: Submission, author: Author, *, is_restore: bool) -> _Look:
         """The checks that need nothing applied. What is known does not change meanwhile.
 
         Raises:
             MalformedMessage: No update.
             Refused: It must not be applied.
         """
-        limits = DOCUMENT_LIMITS if submission.is_document else TRANSACTION_LIMITS
+        is_large = submission.is_document or submission.restore or is_restore
+        limits = DOCUMENT_LIMITS if is_large else TRANSACTION_LIMITS
         update, known = submission.update, self._known
-        look_at = functools.partial(_look_at, update, limits, known, node=author.node)
+        look_at = functools.partial(_look_at, update, limits, known, node=author.node or is_restore)
         look = await _offload(len(update), look_at)
-        self._check_clients(look.fresh, author)
-        if look.fresh and not self._may_write(author):
+        if not is_restore:
+            self._check_clients(look.fresh, author)
+        if look.fresh and not is_restore and not self._may_write(author):
             raise Forbidden("forbidden", "you may not write in this conversation")
         if look.repeated:
             since = encode_state_vector({**known, **look.repeated})
@@ -702,6 +761,8 @@ class Room:
             change = replica.apply(submission.update)
             rules.check(change, replica, conversation_id=self.id, author=author, epoch=epoch)
             self._check_leases(change)
+            if self._unconfirmed:
+                self._check_confirmed(change)
             if not author.node and hides(look.structure, self._known, change):
                 await self._check_parents(look.structure)
             self._check_size(len(change.update), author)
@@ -716,6 +777,88 @@ class Room:
             logger.error("conversation %s: %s", self.id, one_line(error))  # noqa: TRY400 - one line
             raise _Dirty(Denied(Refused("unreadable", "this cannot be checked"))) from error
         return change
+
+    async def _restore(self, submission: Submission, look: _Look, author: Author) -> Change:
+        """I7."""
+        replica = self._loaded_replica()
+        before = replica.state_vector()
+        try:
+            change = replica.apply(submission.update)
+            row = self._row_of(replica)
+            claim = Claim(replica, change, row, author, self._relay_key, submission.doubts)
+            for number, _ in enumerate(judge(claim), 1):
+                if number % JUDGED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+            check_parents(look.structure, self._known, look.structure)
+            waiting = {} if submission.doubts is not None else unconfirmed(claim)
+            fixed = self._correct(replica, row)
+            if fixed:
+                # Joined anew: what was withdrawn is collected, and reaches neither log nor peers.
+                update = replica.diff(before)
+                change = replace(change, update=update, edits=(*change.edits, *fixed))
+                self._clients[replica.client_id] = _ROOMS_OWN
+            self._check_size(len(change.update), author)
+        except Gap as error:
+            raise _Dirty(Lacking(str(error))) from error
+        except (Refused, MalformedMessage) as error:
+            raise _Dirty(Denied(error)) from error
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # as in _apply
+            logger.error("conversation %s: %s", self.id, one_line(error))  # noqa: TRY400 - one line
+            raise _Dirty(Denied(Refused("unreadable", "this cannot be checked"))) from error
+        self._known = decode_state_vector(replica.state_vector())
+        self._deletions = None
+        for name, whose in waiting.items():
+            self._unconfirmed[name] = (whose, _id_of_entry(look.structure, name))
+        # Only what changes the register is worth a line there.
+        self._is_noteworthy = True
+        return change
+
+    def _row_of(self, replica: Conversation) -> Row:
+        row = ledger.first_row(replica) if self._row is None else self._row
+        if row is None:
+            raise Gap("this conversation has no schema and birth yet")
+        if row.conversation != self.id:
+            raise Refused("birth", "this birth belongs to another conversation id")
+        return row
+
+    def _correct(self, replica: Conversation, row: Row) -> tuple[Edit, ...]:
+        """Write what the register knows better: rights, and what was withdrawn."""
+        rights, left = wrong_rights(replica, row), leftovers(replica, row)
+        if not rights and not left:
+            return ()
+        with replica.writing() as writer:
+            for principal, grant in rights.items():
+                writer.grant(principal, grant)
+            for entry in left:
+                if replica.is_redacted(entry):
+                    writer.clear(entry)
+                else:
+                    writer.redact(entry, *row.redacted[entry])
+        return writer.change.edits if writer.change is not None else ()
+
+    def _confirm(self, look: _Look, author: Author) -> None:
+        """Whoever sends what it wrote itself confirms it; it is equal, or it was refused."""
+        if author.node:
+            return
+        for name, (whose, where) in tuple(self._unconfirmed.items()):
+            structs = look.structure.structs.get(where.client)
+            if whose != author.principal or structs is None:
+                continue
+            # With the entry come its fields, at the clocks behind it.
+            end = min(where.clock + ENTRY_CLOCKS, self._known.get(where.client, 0))
+            if structs[0].clock <= where.clock and structs[-1].end >= end:
+                del self._unconfirmed[name]
+                self._is_noteworthy = True
+
+    def _check_confirmed(self, change: Change) -> None:
+        for edit in change.edits:
+            if edit.key == "place" and edit.entry in self._unconfirmed:
+                whose = self._unconfirmed[edit.entry][0]
+                raise Refused(
+                    "unconfirmed", f"entry {edit.entry} waits until {whose} was here with it"
+                )
 
     async def _check_parents(self, structure: UpdateStructure) -> None:
         whole = self._loaded_replica().diff()
@@ -764,6 +907,7 @@ class Room:
             # A log that ends before what it is known to have held has lost its end.
             cut = row.log_id != self._log.log_id or self.lsn < row.lsn
             self._is_restoring = cut or bool(self._behind) or replica.id is None
+            await self._load_unconfirmed(row)
             current = row if self._is_restoring else ledger.reconciled(row, replica)
         if current is not None and current is not row:
             current = replace(current, log_id=self._log.log_id, lsn=self.lsn)
@@ -771,6 +915,17 @@ class Room:
         self._row = current
         self._in_turn = False
         self._wake.set()
+
+    async def _load_unconfirmed(self, row: Row) -> None:
+        if not row.unconfirmed:
+            return
+        whole = self._loaded_replica().diff()
+        structure = await _offload(len(whole), functools.partial(read_update, whole, HELD_LIMITS))
+        self._unconfirmed = {
+            name: (whose, _id_of_entry(structure, name))
+            for name, whose in row.unconfirmed.items()
+            if name in self._loaded_replica().tree
+        }
 
     async def _note(self, batch: _Batch) -> None:
         """I6."""
@@ -780,10 +935,14 @@ class Room:
         else:
             for _, change in batch.accepted:
                 row = ledger.follow(row, change, replica)
-        if row is None or (row is self._row and not self._bound):
+        if row is None or (row is self._row and not self._is_noteworthy):
             return
-        await self._save(replace(row, clients=MappingProxyType(dict(self._clients))))
-        self._bound = False
+        waiting = {name: author for name, (author, _) in self._unconfirmed.items()}
+        clients = MappingProxyType(dict(self._clients))
+        await self._save(replace(row, clients=clients, unconfirmed=MappingProxyType(waiting)))
+        self._is_noteworthy = False
+        if self._behind:
+            self._behind = ledger.missing_tips(row, replica)
 
     async def _save(self, row: Row) -> None:
         if not self._is_restoring:
@@ -792,7 +951,7 @@ class Room:
         self._row = row
 
     async def _grant_epochs(self) -> None:
-        """I7."""
+        """I8."""
         while self._granting:
             node_key, granting = self._granting[0]
             row = self._row
@@ -915,9 +1074,12 @@ class Room:
 
     def _may_be_here(self, peer: Peer) -> bool:
         """Nobody has a right in a conversation without a birth, so anybody may give it one."""
-        replica = self._loaded_replica()
-        author = peer.author
-        return author.node or replica.id is None or replica.grant_of(author.principal) is not None
+        replica, author = self._loaded_replica(), peer.author
+        if author.node or peer.is_operator:
+            return True
+        if self._is_restoring and self._row is not None:  # I7
+            return right_of(self._row, author.principal) is not None
+        return replica.id is None or replica.grant_of(author.principal) is not None
 
     def _check_rights(self) -> None:
         for seat in tuple(self._seats.values()):
@@ -961,9 +1123,22 @@ class Room:
         return self._loaded_replica()
 
 
+def _id_of_entry(structure: UpdateStructure, name: str) -> Id:
+    """Where the map of an entry was written."""
+    for structs in structure.structs.values():
+        for item in structs:
+            if item.parent_sub == name and item.parent == ENTRIES:
+                return Id(item.client, item.clock)
+    return Id(0, 0)  # it hangs at one that it replaced: nothing that anybody could confirm
+
+
 async def _offload(size: int, work: Callable[[], Result]) -> Result:
     """Do what costs as much as ``size`` bytes to read, in a thread if that is long."""
     return await asyncio.to_thread(work) if size >= OFFLOAD_BYTES_MIN else work()
+
+
+_ROOMS_OWN: Final = "room"
+"""Whose the client ids are that rooms wrote corrections under."""
 
 
 def _owner_of_clients(author: Author) -> str:

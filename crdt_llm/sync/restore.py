@@ -1,0 +1,361 @@
+"""What a client's replica may bring back after the log was lost, and what must stand in it.
+
+This module owns the rules of a restore. A client writes neither the model's words nor other
+people's; after a loss it is the only one who has them. So what it brings is believed as far as it
+proves itself: places, replies and their hidden chunks by the chain, by the node's signatures and by
+the relay's own signatures on the leases. It is pure: a replica that the update was applied to and a
+row of the register go in, refusals and findings come out. It must not know rooms, logs or sockets.
+
+The rules, numbered so that tests can cite them; the word after each is the refusal's code:
+
+* X1 ``birth`` - the document is this conversation's, and the register's owner owns it.
+* X2 ``leases`` - each lease is signed by this relay, and no later than the last one granted.
+* X3 ``proof`` - an admitted entry has a chain digest that follows from its parent's and is signed
+  by the node of its lease; so have the end of a reply, its text, its calls and its hidden ids.
+* X4 ``proof`` - of a reply that still streams the chunks are signed, the last one over all of its
+  text, and each one before it over a beginning of that.
+* X5 ``node-field`` - an entry without a place has no field of the node, but for the end of a
+  request that was never answered.
+* X6 ``redacted`` - an entry is withdrawn if the register says so, or if whoever brings it back
+  withdrew it and may.
+* X7 ``born``, ``content``, ``meta``, ``schema``, ``stop``, ``clock`` - all else has the forms that
+  the schema gives it.
+
+Rights are the register's, whatever the document says (:func:`wrong_rights`), and what was withdrawn
+stays so (:func:`leftovers`). A pending entry of somebody else is carried, and waits for its author
+(:func:`unconfirmed`): nothing proves it but the replica that wrote it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from crdt_llm.document.chain import (
+    commit_calls,
+    lease_message,
+    parent_digest,
+    verify_entry,
+)
+from crdt_llm.document.conversation import ACCESS, ENTRIES, LEASES, META
+from crdt_llm.document.keys import verify
+from crdt_llm.document.rules import check_born, is_meta
+from crdt_llm.document.schema import (
+    ENDED,
+    REDACTION_DELETES,
+    ROOT,
+    SCHEMA_VERSION,
+    Grant,
+    State,
+    is_entry_id,
+    whole,
+)
+from crdt_llm.document.seal import FINAL_CHUNK, place_of, verify_chunk
+from crdt_llm.errors import BadProof, Gap, Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from crdt_llm.document.conversation import Change, Conversation
+    from crdt_llm.document.rules import Author
+    from crdt_llm.document.schema import Entry
+    from crdt_llm.store.register import Row
+
+CHUNK_SIGNATURES_MAX: Final = 20_000
+"""Signatures that are tried to find where the chunks of one reply begin: 2 s in a thread's time,
+and twice the text that any model here writes. What is beyond stays with the last chunk's."""
+
+_UNPLACED: Final = frozenset({"state", "usage"})
+_NODE_FIELDS: Final = ("place", "state", "calls", "reads", "sealed", "usage", "salt", "proof")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A restore to be judged.
+
+    Attributes:
+        conversation: The replica, **after** the update was applied to it.
+        change: What the update did.
+        row: What the register says; of an import what the document itself does.
+        author: Who brings it.
+        relay: The relay's public key; ``None`` if there is none to check leases against.
+        doubts: ``None`` to refuse what does not prove itself; a list to believe it, and to be told
+            there, one line each.
+    """
+
+    conversation: Conversation
+    change: Change
+    row: Row
+    author: Author
+    relay: bytes | None
+    doubts: list[str] | None = field(default=None)
+
+    def doubt(self, code: str, reason: str) -> None:
+        """Refuse, or take note."""
+        if self.doubts is None:
+            raise Refused(code, reason)
+        self.doubts.append(reason)
+
+
+def judge(claim: Claim) -> Iterator[None]:
+    """Check a restore, one entry at a time: whoever runs it may let others go on in between.
+
+    Raises:
+        Refused: a rule is broken.
+        Gap: something that it builds on is not here.
+    """
+    touched: dict[str, None] = {}
+    for edit in claim.change.edits:
+        if edit.root == ENTRIES:
+            touched[edit.entry or ""] = None
+        elif edit.root == LEASES:
+            _lease(claim, edit.key or "")
+        elif edit.root == ACCESS:
+            _need(not edit.path and not edit.shared, "schema", "access maps names to rights")
+            known = edit.action == "delete" or edit.new in Grant.__members__.values()
+            _need(known, "schema", "a right is owner, writer or reader")
+    _meta(claim)
+    yield
+    # The parents first: an entry is proved by what it hangs at.
+    tree = claim.conversation.tree
+    for name in sorted(touched, key=lambda name: tree.facts(name).clock if name in tree else 0):
+        _entry(claim, name)
+        yield
+
+
+def _need(holds: bool, code: str, reason: str) -> None:  # noqa: FBT001 - reads as a sentence
+    if not holds:
+        raise Refused(code, reason)
+
+
+def _meta(claim: Claim) -> None:
+    """X1, X7."""
+    conversation, row = claim.conversation, claim.row
+    meta = conversation.meta_plain()
+    if meta.get("birth") is None or meta.get("schema") is None:
+        raise Gap("this conversation has no schema and birth yet")
+    _need(
+        whole(meta["schema"], SCHEMA_VERSION, SCHEMA_VERSION) is not None, "birth", "not schema 1"
+    )
+    birth = conversation.meta.birth
+    same = birth is not None and (birth.owner, birth.nonce) == (row.owner, row.nonce)
+    _need(same and conversation.id == row.conversation, "birth", "not this conversation's birth")
+    for edit in claim.change.edits:
+        if edit.root == META and edit.key not in {"schema", "birth"}:
+            _need(not edit.path and not edit.shared, "schema", "meta holds plain values")
+            fits = edit.action == "delete" or is_meta(edit.key or "", edit.new)
+            _need(fits, "meta", f"meta.{edit.key} is malformed")
+
+
+def _lease(claim: Claim, name: str) -> None:
+    """X2."""
+    epoch = int(name) if name.isascii() and name.isdecimal() and str(int(name)) == name else -1
+    lease = claim.conversation.lease(epoch)
+    if lease is None or epoch > claim.row.epoch:
+        claim.doubt("leases", f"no lease of epoch {name[:20]!r} was granted")
+        return
+    node, signature = lease
+    if claim.relay is None:
+        return
+    try:
+        verify(claim.relay, signature, lease_message(claim.row.conversation, epoch, node))
+    except BadProof:
+        claim.doubt("leases", f"this relay has not signed the lease of epoch {epoch}")
+
+
+def _entry(claim: Claim, name: str) -> None:
+    conversation = claim.conversation
+    entry = conversation.entry(name)
+    born = conversation.born_plain(name)
+    if entry is None or not is_entry_id(name):
+        raise Refused("born", "an entry has a canonical id and a well-formed born")
+    _form(claim, entry, born)
+    _redaction(claim, entry)
+    if entry.place is None:
+        _pending(claim, entry)
+        return
+    if not conversation.tree.is_admitted(name):
+        raise Gap(f"entry {name} stands behind one that is not here")
+    try:
+        _admitted(claim, entry)
+    except BadProof as error:
+        claim.doubt("proof", f"entry {name}: {error}")
+
+
+def _form(claim: Claim, entry: Entry, born: dict[str, Any]) -> None:
+    """X7."""
+    conversation, tree = claim.conversation, claim.conversation.tree
+    check_born(born, entry.born.role)
+    after = entry.born.after
+    if after != ROOT:
+        if after not in tree:
+            raise Gap(f"entry {entry.id} was written after one that is not here")
+        _need(tree.facts(after).clock < entry.born.clock, "clock", "a clock is above its after's")
+    kinds = {"sealed": "array", "content": "text" if entry.is_slot else ""}
+    for key in (*_NODE_FIELDS, "content", "stop", "redacted", "born"):
+        kind = conversation.kind(entry.id, key)
+        _need(kind in (None, kinds.get(key, "")), "schema", f"{key} is not of its kind")
+    stop = conversation.plain(entry.id, "stop")
+    _need(
+        not conversation.has(entry.id, "stop") or (entry.is_slot and isinstance(stop, str)),
+        "stop",
+        "a stop names who asks, in a slot",
+    )
+    said = entry.is_slot or conversation.has(entry.id, "content") or entry.redacted
+    _need(said, "content", "an entry is born with its text")
+    usage = conversation.plain(entry.id, "usage")
+    _need(usage is None or isinstance(usage, dict), "node-field", "usage is a map")
+
+
+def _pending(claim: Claim, entry: Entry) -> None:
+    """X5."""
+    conversation = claim.conversation
+    found = {key for key in _NODE_FIELDS if conversation.has(entry.id, key)}
+    if entry.is_slot and conversation.has(entry.id, "content"):
+        found.add("content")
+    if entry.is_slot and entry.state in ENDED and entry.state is not State.DONE:
+        found -= _UNPLACED
+    if found:
+        claim.doubt("node-field", f"entry {entry.id} has {min(found)} and no place")
+
+
+def _admitted(claim: Claim, entry: Entry) -> None:
+    """X3, X4."""
+    conversation = claim.conversation
+    place = entry.place
+    if place is None:
+        raise BadProof("no place")
+    parent = parent_digest(conversation, place.parent)
+    if entry.is_slot and entry.state is State.STREAMING:
+        if entry.proof is not None:
+            raise BadProof("a proof before its end")
+        if not entry.redacted:
+            verify_chunks(conversation, entry, claim.relay)
+        return
+    if entry.is_slot and entry.state not in ENDED:
+        raise BadProof("a place without a state")
+    verify_entry(conversation, entry, parent, claim.relay)
+    if not entry.redacted:
+        _committed(claim, entry)
+
+
+def _committed(claim: Claim, entry: Entry) -> None:
+    """X3: what an entry's proof commits to beside its text."""
+    conversation, proof, salt = claim.conversation, entry.proof, entry.salt
+    if proof is None or salt is None:
+        raise BadProof("no salt")
+    calls = commit_calls(salt, entry.calls) if entry.calls is not None else None
+    if calls != proof.calls:
+        raise BadProof("the calls are not the ones that were committed to")
+    if entry.sealed:
+        if len(entry.sealed) != 1:
+            raise BadProof("an ended reply has one sealed field")
+        where = place_of(conversation, entry, FINAL_CHUNK)
+        verify_chunk(conversation, entry.sealed[0], where, entry.content, claim.relay)
+    elif proof.tokens is not None:
+        raise BadProof("the sealed tokens that were committed to are missing")
+
+
+def verify_chunks(conversation: Conversation, entry: Entry, relay: bytes | None) -> None:
+    """X4: the chunks of a reply that streams belong to it and to its text.
+
+    A chunk's signature covers the text as it stood, whose length is written nowhere: so each chunk
+    is tried at every beginning of the text from the one before it on.
+
+    Raises:
+        BadProof: one does not, or there is text without any.
+    """
+    text = entry.content
+    where = place_of(conversation, entry)
+    if not entry.sealed:
+        if text:
+            raise BadProof("there is text without sealed tokens")
+        return
+    last = len(entry.sealed) - 1
+    verify_chunk(conversation, entry.sealed[-1], where.at(last), text, relay)
+    begun, left = 0, CHUNK_SIGNATURES_MAX
+    for chunk, blob in enumerate(entry.sealed[:-1]):
+        for end in range(begun, len(text) + 1):
+            left -= 1
+            if left < 0:
+                return
+            try:
+                verify_chunk(conversation, blob, where.at(chunk), text[:end], None)
+            except BadProof:
+                continue
+            begun = end
+            break
+        else:
+            raise BadProof(f"chunk {chunk} is not of this reply")
+
+
+def _redaction(claim: Claim, entry: Entry) -> None:
+    """X6."""
+    conversation, name = claim.conversation, entry.id
+    if not conversation.has(name, "redacted"):
+        _need(entry.is_slot or conversation.has(name, "content"), "content", "its text is missing")
+        return
+    said = conversation.plain(name, "redacted")
+    _need(
+        isinstance(said, dict)
+        and set(said) == {"by", "at"}
+        and isinstance(said["by"], str)
+        and whole(said["at"], 0) is not None,
+        "redacted",
+        "a redaction says by whom and when",
+    )
+    if name in claim.row.redacted:
+        return
+    principal = claim.author.principal
+    right = right_of(claim.row, principal)
+    may = right is Grant.OWNER or (right is Grant.WRITER and entry.born.author == principal)
+    if said["by"] != principal or not may:
+        claim.doubt("redacted", f"nobody withdrew entry {name}, as far as is known here")
+
+
+# -- what the register says -------------------------------------------------------------------
+
+
+def right_of(row: Row, principal: str) -> Grant | None:
+    """What the register says that a principal may do."""
+    if principal == row.owner:
+        return Grant.OWNER
+    given = row.access.get(principal, "")
+    return Grant(given) if given in Grant.__members__.values() else None
+
+
+def wrong_rights(conversation: Conversation, row: Row) -> dict[str, Grant | None]:
+    """What must be written so that the document's rights are the register's."""
+    held, wanted = dict(conversation.access()), dict(row.access)
+    names = sorted(held.keys() | wanted.keys())
+    return {
+        name: Grant(wanted[name]) if name in wanted else None
+        for name in names
+        if held.get(name) != wanted.get(name)
+    }
+
+
+def leftovers(conversation: Conversation, row: Row) -> tuple[str, ...]:
+    """The withdrawn entries that the document has back with something that they said."""
+    return tuple(
+        name
+        for name in sorted(row.redacted)
+        if name in conversation.tree
+        and (
+            not conversation.is_redacted(name)
+            or any(conversation.has(name, key) for key in REDACTION_DELETES)
+        )
+    )
+
+
+def unconfirmed(claim: Claim) -> dict[str, str]:
+    """The pending entries that somebody else wrote, as far as this restore brought them."""
+    conversation = claim.conversation
+    found: dict[str, str] = {}
+    for name in sorted(claim.change.entries):
+        born = conversation.born(name)
+        if born is None or born.author == claim.author.principal:
+            continue
+        if not conversation.tree.is_admitted(name) and not conversation.tree.is_end(name):
+            found[name] = born.author
+    return found

@@ -1,0 +1,553 @@
+"""What a client's replica brings back after the log was lost, and what it does not get past."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pycrdt import Array, Doc, Map
+from sync.device import BIRTH, CONVERSATION, Device
+from sync.leased_node import LeasedNode, ask
+from sync.rooms import RELAY_KEY, Place, born, turns
+
+from crdt_llm.document.chain import lease_message, verify_path
+from crdt_llm.document.conversation import Conversation
+from crdt_llm.document.keys import SigningKey
+from crdt_llm.document.schema import Birth, Grant, State, conversation_id
+from crdt_llm.document.seal import place_of
+from crdt_llm.errors import Behind, Forbidden, Gap, Refused
+from crdt_llm.store.memory import MemoryDisk
+from crdt_llm.sync import ledger
+from crdt_llm.sync.peer import RemotePeer
+from crdt_llm.sync.wire import SyncStep1, SyncStep2, decode, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sync.rooms import Member
+
+WORDS = "the secret of secrets"
+
+
+@dataclass
+class World:
+    """A conversation with an answered turn and a reply that still streams."""
+
+    place: Place
+    owner: Member
+    device: Device
+    node: LeasedNode
+    question: str
+    done: str
+    asked: str
+    streaming: str
+
+    @property
+    def room(self) -> Any:
+        return self.place.hub._rooms[CONVERSATION]
+
+    def document(self) -> bytes:
+        return bytes(self.room.diff())
+
+    def replica(self) -> Conversation:
+        return Conversation(1, update=self.document())
+
+    def lose_log(self, name: str = "another log") -> None:
+        self.place.disk = MemoryDisk(name)
+        self.place.open_hub(seed=2)
+
+    async def catch_up(self) -> None:
+        for update in self.owner.heard:
+            self.device.merge(update)
+        self.owner.heard.clear()
+
+
+async def a_world() -> World:
+    place = Place(leased=True)
+    owner, device = await born(place)
+    await owner.membership.submit(device.grant("will", Grant.WRITER))
+    await owner.membership.submit(device.grant("rita", Grant.READER))
+    question, done = await ask(device, owner)
+    node = await LeasedNode.sit(place)
+    await node.admit(question)
+    await node.start(done)
+    await node.say(done, "Be")
+    await node.say(done, "cause.")
+    await node.finish(done)
+    for update in owner.heard:
+        device.merge(update)
+    owner.heard.clear()
+    asked, streaming = await ask(device, owner, "and then?")
+    await node.admit(asked)
+    await node.start(streaming)
+    for words in ("Then ", "it ", "rains, "):
+        await node.say(streaming, words)
+    world = World(place, owner, device, node, question, done, asked, streaming)
+    await world.catch_up()
+    return world
+
+
+async def restored(world: World, update: bytes, principal: str = "owner") -> Member:
+    member = await world.place.join(principal)
+    await member.membership.submit(update, restore=True)
+    return member
+
+
+async def test_one_replica_brings_everything_back_and_the_reply_goes_on() -> None:
+    world = await a_world()
+    before = world.replica()
+    world.lose_log()
+    await restored(world, before.diff())
+    after = world.replica()
+    assert after.view() == before.view()
+    assert after.entry(world.streaming) == before.entry(world.streaming)
+    assert world.room.behind == ()
+    node = LeasedNode(await world.place.join("node", node=True))
+    await node.take_lease(world.place)
+    assert node.epoch == 2  # the same node; but nobody knows what it wrote meanwhile
+    entry = node.replica.entry(world.streaming)
+    assert entry is not None
+    hidden = node.sealer.open_reply(entry.sealed, place_of(node.replica, entry))
+    assert bytes(hidden.ids) == b"Then it rains, "
+
+
+async def test_a_stock_client_brings_it_back_with_its_step2() -> None:
+    world = await a_world()
+    document = world.document()
+    world.lose_log()
+    peer = RemotePeer("owner", lambda: None)
+    await world.place.hub.enter(CONVERSATION, peer)
+    await peer.receive(encode(SyncStep1(b"\x00")))
+    await peer.receive(encode(SyncStep2(document)))
+    await turns(200)
+    assert peer.close_code is None
+    assert world.replica().view() == Conversation(1, update=document).view()
+
+
+async def test_a_reader_brings_it_back_too() -> None:
+    world = await a_world()
+    document = world.document()
+    world.lose_log()
+    await restored(world, document, "rita")
+    assert world.replica().view() == Conversation(1, update=document).view()
+    with pytest.raises(Forbidden):
+        await world.place.join("stranger")
+
+
+async def test_nobody_else_comes_in_while_the_log_is_empty() -> None:
+    world = await a_world()
+    world.lose_log()
+    with pytest.raises(Forbidden):
+        await world.place.join("stranger")
+    await world.place.join("will")
+
+
+async def test_after_the_first_lease_a_client_writes_no_node_fields_again() -> None:
+    world = await a_world()
+    half = Conversation(1, update=world.document())
+    await world.node.say(world.streaming, "and ")
+    whole = world.document()
+    world.lose_log()
+    member = await restored(world, half.diff())
+    # The register has no word of the last token: nothing is missing that it knows.
+    await LeasedNode.sit(world.place, seed=3)
+    with pytest.raises(Refused):
+        await member.membership.submit(whole, restore=True)
+    assert world.replica().text(world.streaming) == "Then it rains, "
+
+
+async def test_a_restore_goes_on_after_the_relay_was_started_again() -> None:
+    world = await a_world()
+    document = world.document()
+    world.lose_log()
+    owner = await world.place.join()
+    del owner
+    await world.place.hub.close()
+    world.place.open_hub(seed=3)
+    await restored(world, document)
+    await world.place.hub.close()
+    world.place.open_hub(seed=4)
+    member = await world.place.join()
+    await member.membership.submit(document, restore=True)
+    assert world.replica().view() == Conversation(1, update=document).view()
+
+
+# -- what does not get past ---------------------------------------------------------------------
+
+
+class Forger:
+    """A document that is rewritten before it is brought back; its structs stay well-formed."""
+
+    def __init__(self, document: bytes, world: World) -> None:
+        self.doc: Doc[Any] = Doc(client_id=991)
+        self.roots = {
+            name: self.doc.get(name, type=Map) for name in ("meta", "access", "leases", "entries")
+        }
+        self.doc.apply_update(document)
+        self.world = world
+
+    @property
+    def entries(self) -> Any:
+        return self.roots["entries"]
+
+    def lease(self, key: SigningKey, by: SigningKey, epoch: int = 1) -> dict[str, bytes]:
+        message = lease_message(CONVERSATION, epoch, key.public)
+        return {"node": key.public, "signature": by.sign(message)}
+
+
+def grow(forger: Forger, name: str, text: str) -> None:
+    content = forger.entries[name]["content"]
+    content.insert(len(content), text)
+
+
+def swap(array: Any, position: int, blob: bytes) -> None:
+    del array[position]
+    array.insert(position, bytes(blob))
+
+
+def set_in(forger: Forger, name: str, key: str, value: Any) -> None:
+    forger.entries[name][key] = value
+
+
+STRANGER = SigningKey(b"s" * 32)
+
+FORGED: dict[str, tuple[Callable[[Forger], object], str]] = {
+    "a reply's end": (lambda f: grow(f, f.world.done, " Not."), "proof"),
+    "words in a stream": (lambda f: grow(f, f.world.streaming, "hate"), "proof"),
+    "a question's text": (lambda f: set_in(f, f.world.question, "content", "forged"), "proof"),
+    "another seal in the end": (
+        lambda f: swap(
+            f.entries[f.world.done]["sealed"], 0, f.entries[f.world.streaming]["sealed"][0]
+        ),
+        "proof",
+    ),
+    "a chunk in the place of another": (
+        lambda f: swap(
+            f.entries[f.world.streaming]["sealed"], 0, f.entries[f.world.streaming]["sealed"][1]
+        ),
+        "proof",
+    ),
+    "a chunk that is none": (
+        lambda f: swap(f.entries[f.world.streaming]["sealed"], 1, b"chunk"),
+        "proof",
+    ),
+    "the last chunk cut off": (
+        lambda f: f.entries[f.world.streaming]["sealed"].pop(),
+        "proof",
+    ),
+    "chunks taken away": (
+        lambda f: set_in(f, f.world.streaming, "sealed", Array([])),
+        "proof",
+    ),
+    "a proof's digest": (
+        lambda f: set_in(
+            f, f.world.done, "proof", {**f.entries[f.world.done]["proof"], "digest": b"d" * 32}
+        ),
+        "proof",
+    ),
+    "calls that it did not make": (
+        lambda f: set_in(f, f.world.done, "calls", [{"name": "delete_all"}]),
+        "proof",
+    ),
+    "another place": (
+        lambda f: set_in(f, f.world.done, "place", {"parent": "", "epoch": 1}),
+        "proof",
+    ),
+    "an end that was none": (lambda f: set_in(f, f.world.streaming, "state", "done"), "proof"),
+    "another end": (lambda f: set_in(f, f.world.done, "state", "failed"), "proof"),
+    "another lease": (
+        lambda f: f.roots["leases"].update({"1": f.lease(STRANGER, STRANGER)}),
+        "leases",
+    ),
+    "a lease to come": (
+        lambda f: f.roots["leases"].update({"7": f.lease(STRANGER, RELAY_KEY, 7)}),
+        "leases",
+    ),
+    "another birth": (
+        lambda f: f.roots["meta"].update({"birth": {"owner": "owner", "nonce": b"m" * 16}}),
+        "birth",
+    ),
+    "another's withdrawal": (
+        lambda f: set_in(f, f.world.question, "redacted", {"by": "will", "at": 1}),
+        "redacted",
+    ),
+    "another's name": (
+        lambda f: set_in(
+            f,
+            f.world.question,
+            "born",
+            {**f.entries[f.world.question]["born"], "author": "will"},
+        ),
+        "proof",
+    ),
+    "a malformed title": (lambda f: f.roots["meta"].update({"title": 7}), "meta"),
+    "an unknown right": (lambda f: f.roots["access"].update({"stan": "king"}), "schema"),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+async def test_what_does_not_prove_itself_is_refused(what: str) -> None:
+    world = await a_world()
+    forger = Forger(world.document(), world)
+    forge, code = FORGED[what]
+    with forger.doc.transaction():
+        forge(forger)
+    # As one update from nothing: its structs are whatever the forger says they are.
+    update = forger.doc.get_update()
+    world.lose_log()
+    member = await world.place.join()
+    with pytest.raises(Refused) as refused:
+        await member.membership.submit(update, restore=True)
+    assert refused.value.code == code
+    assert world.place.durable == 0
+
+
+async def test_a_forger_of_fresh_node_fields_is_refused() -> None:
+    """A pending slot with the words of no node."""
+    world = await a_world()
+    await world.catch_up()
+    _, slot = await ask(world.device, world.owner, "more?")
+    forger = Forger(world.document(), world)
+    forger.entries[slot]["state"] = "streaming"
+    world.lose_log()
+    member = await world.place.join()
+    with pytest.raises(Refused) as refused:
+        await member.membership.submit(forger.doc.get_update(), restore=True)
+    assert refused.value.code == "node-field"
+
+
+async def test_a_seal_of_another_conversation_is_refused() -> None:
+    """The same keys, the same text, the same entry ids: only the conversation differs."""
+    world = await a_world()
+    document = world.document()
+    other = conversation_id(Birth(BIRTH.owner, b"m" * 16))
+    world.lose_log()
+    member = await world.place.join(conversation=other)
+    with pytest.raises((Refused, Gap)):
+        await member.membership.submit(document, restore=True)
+
+
+# -- what the register decides ------------------------------------------------------------------
+
+
+async def test_what_was_withdrawn_stays_so_and_never_reaches_the_log() -> None:
+    world = await a_world()
+    await world.owner.membership.submit(world.device.say(WORDS))
+    secret = world.device.replica.view()[-1]
+    old = world.document()
+    with world.device.replica.writing() as writer:
+        writer.redact(secret, "owner", 12)
+    assert writer.change is not None
+    await world.owner.membership.submit(writer.change.update)
+    withdrawn = world.document()
+    assert WORDS.encode() in old
+    world.lose_log()
+    member = await restored(world, old)
+    stored = world.place.disk.conversations[CONVERSATION]
+    assert WORDS.encode() not in b"".join(stored.updates)
+    replica = world.replica()
+    assert replica.is_redacted(secret)
+    assert replica.text(secret) == ""
+    assert replica.plain(secret, "redacted") == {"by": "owner", "at": 12}
+    # Whoever brought it hears that it was withdrawn.
+    theirs = Conversation(5, update=old)
+    for update in member.heard:
+        theirs.apply(update)
+    assert theirs.text(secret) == ""
+    await restored(world, withdrawn, "will")
+    assert WORDS.encode() not in b"".join(world.place.disk.conversations[CONVERSATION].updates)
+    assert world.replica().is_redacted(secret)
+
+
+async def test_rights_come_from_the_register() -> None:
+    world = await a_world()
+    old = world.document()
+    await world.owner.membership.submit(world.device.grant("will", None))
+    await world.owner.membership.submit(world.device.grant("stan", Grant.READER))
+    world.lose_log()
+    with pytest.raises(Forbidden):
+        await world.place.join("will")
+    await world.place.join("stan")
+    member = await restored(world, old)
+    assert dict(world.replica().access()) == {"rita": "reader", "stan": "reader"}
+    with pytest.raises(Forbidden):
+        await world.place.join("will")
+    theirs = Conversation(5, update=old)
+    for update in member.heard:
+        theirs.apply(update)
+    assert dict(theirs.access()) == {"rita": "reader", "stan": "reader"}
+
+
+async def test_a_room_without_what_was_admitted_is_behind() -> None:
+    world = await a_world()
+    old = world.document()
+    await world.node.finish(world.streaming)
+    await world.catch_up()
+    new = world.document()
+    world.lose_log()
+    member = await restored(world, old)
+    assert world.room.behind == (world.streaming,)
+    with pytest.raises(Behind):
+        await world.room.grant_epoch(world.node.key.public)
+    own = Device(Random(5))
+    own.merge(world.document())
+    await member.membership.submit(own.say("it can be read and written"))
+    await restored(world, new, "will")
+    assert world.room.behind == ()
+    assert await world.room.grant_epoch(world.node.key.public) == 2
+    assert world.replica().state(world.streaming) is State.DONE
+
+
+async def test_an_older_copy_of_the_same_log_is_a_loss_too() -> None:
+    world = await a_world()
+    stored = world.place.disk.conversations[CONVERSATION]
+    await world.node.finish(world.streaming)
+    new = world.document()
+    world.place.disk.conversations[CONVERSATION] = stored
+    world.place.open_hub(seed=2)
+    member = await world.place.join()
+    assert world.room.behind == (world.streaming,)
+    await member.membership.submit(new, restore=True)
+    assert world.room.behind == ()
+
+
+async def test_anothers_pending_entry_waits_for_its_author() -> None:
+    world = await a_world()
+    await world.node.finish(world.streaming)
+    will = await world.place.join("will")
+    his = Device(Random(21), "will")
+    his.merge(will.membership.state)
+    await will.membership.submit(his.say("from will"))
+    pending = his.replica.view()[-1]
+    document = world.document()
+    world.lose_log()
+    await restored(world, document)
+    node = await LeasedNode.sit(world.place, seed=4)
+    with pytest.raises(Refused) as refused:
+        await node.admit(pending)
+    assert refused.value.code == "unconfirmed"
+    assert dict(world.place.rows[CONVERSATION].unconfirmed) == {pending: "will"}
+
+    await world.place.hub.close()
+    world.place.open_hub(seed=5)  # it outlives the process
+    node = await LeasedNode.sit(world.place, seed=4)
+    with pytest.raises(Refused):
+        await node.admit(pending)
+
+    peer = RemotePeer("will", lambda: None)
+    await world.place.hub.enter(CONVERSATION, peer)
+    frame = peer.take()
+    assert frame is not None
+    asked = decode(frame)
+    assert isinstance(asked, SyncStep1)
+    await peer.receive(encode(SyncStep2(his.replica.diff(asked.state_vector))))
+    await turns(50)
+    assert peer.close_code is None
+    assert dict(world.place.rows[CONVERSATION].unconfirmed) == {}
+    node = LeasedNode(await world.place.join("node", node=True), seed=4)
+    await node.take_lease(world.place)
+    await node.admit(pending)
+
+
+async def test_a_pending_entry_that_somebody_made_up_is_never_confirmed() -> None:
+    world = await a_world()
+    await world.node.finish(world.streaming)
+    will = await world.place.join("will")
+    his = Device(Random(21), "will")
+    his.merge(will.membership.state)
+    await will.membership.submit(his.entitle("by will"))
+    impostor = Device(Random(22), "will")
+    impostor.replica = Conversation(his.replica.client_id, update=world.document())
+    impostor.say("what will never said")
+    forged = impostor.replica.view()[-1]
+    world.lose_log()
+    await restored(world, impostor.replica.diff())
+    peer = RemotePeer("will", lambda: None)
+    await world.place.hub.enter(CONVERSATION, peer)
+    frame = peer.take()
+    assert frame is not None
+    asked = decode(frame)
+    assert isinstance(asked, SyncStep1)
+    await peer.receive(encode(SyncStep2(his.replica.diff(asked.state_vector))))
+    await turns(50)
+    assert dict(world.place.rows[CONVERSATION].unconfirmed) == {forged: "will"}
+
+
+# -- without the register -----------------------------------------------------------------------
+
+
+async def test_without_a_row_an_operator_may_vouch_for_it() -> None:
+    world = await a_world()
+    before = world.replica()
+    world.place.rows.clear()
+    world.lose_log()
+    assert await world.place.hub.import_trusted(CONVERSATION, before.diff()) == ()
+    assert world.replica().view() == before.view()
+    row = world.place.rows[CONVERSATION]
+    assert (row.owner, dict(row.access)) == ("owner", dict(before.access()))
+    assert row.tips == ledger.leaves(before)
+    node = await LeasedNode.sit(world.place, seed=9)
+    assert node.epoch == 2
+    assert all(one.problem is None for one in verify_path(before, before.view(), RELAY_KEY.public))
+
+
+async def test_an_import_says_what_it_could_not_verify() -> None:
+    world = await a_world()
+    forger = Forger(world.document(), world)
+    grow(forger, world.done, " Not.")
+    forger.roots["leases"]["1"] = forger.lease(world.node.key, STRANGER)
+    world.place.rows.clear()
+    world.lose_log()
+    doubts = await world.place.hub.import_trusted(CONVERSATION, forger.doc.get_update())
+    assert any("lease of epoch 1" in line for line in doubts)
+    assert any(world.done in line for line in doubts)
+    assert all("\n" not in line for line in doubts)
+    assert world.replica().text(world.done) == "Because. Not."
+
+
+async def test_an_import_of_what_the_register_knows_is_believed_no_more_than_any() -> None:
+    world = await a_world()
+    forger = Forger(world.document(), world)
+    grow(forger, world.done, " Not.")
+    with pytest.raises(Refused):
+        await world.place.hub.import_trusted(CONVERSATION, forger.doc.get_update())
+
+
+async def test_an_import_is_of_that_conversation() -> None:
+    world = await a_world()
+    document = world.document()
+    other = conversation_id(Birth(BIRTH.owner, b"m" * 16))
+    with pytest.raises((Refused, Gap)):
+        await world.place.hub.import_trusted(other, document)
+
+
+# -- in any order -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_replicas_of_any_age_in_any_order_give_the_newest_back(seed: int) -> None:
+    random = Random(seed)
+    world = await a_world()
+    ages = [world.document()]
+    for words in ("we ", "stay ", "in."):
+        await world.node.say(world.streaming, words)
+        ages.append(world.document())
+    await world.node.finish(world.streaming)
+    ages.append(world.document())
+    await world.catch_up()
+    question, _ = await ask(world.device, world.owner, "sure?")
+    ages.append(world.document())
+    await world.node.admit(question)
+    newest = world.replica()
+    ages.append(newest.diff())
+    world.lose_log()
+    brought = [*random.sample(ages[:-1], 3), ages[-1]]
+    random.shuffle(brought)
+    for update in brought:
+        await restored(world, update, random.choice(["owner", "will", "rita"]))
+    replica = world.replica()
+    assert replica.view() == newest.view()
+    assert replica.state_vector() == newest.state_vector()
+    assert world.room.behind == ()
