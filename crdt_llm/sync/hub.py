@@ -29,6 +29,7 @@ from crdt_llm.errors import (
 )
 from crdt_llm.store.register import MemoryRegister
 from crdt_llm.sync.drafts import Drafts
+from crdt_llm.sync.metrics import MeasuredLog
 from crdt_llm.sync.room import Peer, Room, Submission
 from crdt_llm.sync.verdict import (
     NO_SUCH_CONVERSATION,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from crdt_llm.store.log import Stored, UpdateLog
     from crdt_llm.store.register import Register, Row
     from crdt_llm.sync.drafts import Listener
+    from crdt_llm.sync.metrics import Metrics
     from crdt_llm.sync.room import Delivery
     from crdt_llm.sync.verdict import Verdict
     from crdt_llm.sync.wire import AwarenessState
@@ -218,19 +220,21 @@ class Hub:
         register: Where what must outlive the log is durable; it stays open too. ``None`` keeps it
             in memory, and then whoever is let in as a node may write as one.
         relay_key: The relay's public key, that leases are signed with.
+        metrics: What is counted; ``None`` counts nothing.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - everything outside is an argument
         self,
         log: UpdateLog,
         *,
         register: Register | None = None,
         relay_key: bytes | None = None,
+        metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
         random: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.drafts = Drafts()
-        self._log = log
+        self._log: UpdateLog = log if metrics is None else MeasuredLog(log, metrics.committed)
         self._clock = clock
         self._random = random
         self._register: Register = MemoryRegister() if register is None else register
@@ -385,6 +389,11 @@ class Hub:
         except MalformedMessage as error:
             raise Corrupt(f"conversation {conversation} cannot be read from the log") from error
         return question(replica)
+
+    @property
+    def open_rooms(self) -> int:
+        """How many conversations are in memory."""
+        return len(self._rooms)
 
     @property
     def health(self) -> Health:

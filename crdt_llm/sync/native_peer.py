@@ -21,7 +21,16 @@ from crdt_llm.sync import frames
 from crdt_llm.sync.drafts import DRAFT_INTERVAL_S, DRAFTS_PER_CONNECTION_MAX, NOTHING
 from crdt_llm.sync.frames import Change, Draft, Presence, Pull, Renew, Request, WantLease, Watch
 from crdt_llm.sync.frames import encode as encode_frame
-from crdt_llm.sync.native_session import Close, Enter, Exit, Greet, NativeSession, Send, Submit
+from crdt_llm.sync.native_session import (
+    LEFT,
+    Close,
+    Enter,
+    Exit,
+    Greet,
+    NativeSession,
+    Send,
+    Submit,
+)
 from crdt_llm.sync.outbox import WAITING_BYTES_MAX, Lanes
 from crdt_llm.sync.room import Peer, Submission
 from crdt_llm.sync.verdict import (
@@ -44,6 +53,7 @@ if TYPE_CHECKING:
     from crdt_llm.sync.frames import Open
     from crdt_llm.sync.hub import Hub
     from crdt_llm.sync.leases import Granted, LeaseOffice
+    from crdt_llm.sync.metrics import Metrics
     from crdt_llm.sync.native_session import Event
     from crdt_llm.sync.requests import Requests
     from crdt_llm.sync.room import Delivery, Room
@@ -104,6 +114,7 @@ class NativeConnection:
         leases: Where nodes get theirs; ``None`` if there are none to be had.
         lists: Where lists of conversations are watched; ``None`` if they are empty for ever.
         requests: What else may be asked for.
+        metrics: What is counted; ``None`` counts nothing.
         clock: Seconds, monotonic.
         wake: Called when :meth:`take` may have something, or it is time to close. It must not wait.
     """
@@ -119,6 +130,7 @@ class NativeConnection:
         leases: LeaseOffice | None = None,
         lists: ConversationLists | None = None,
         requests: Requests | None = None,
+        metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.close_code: CloseCode | None = None
@@ -138,6 +150,7 @@ class NativeConnection:
         self._doors = asyncio.Semaphore(ENTERING_MAX)
         self._owed: dict[int, ChannelPeer] = {}  # who lacks something; the first is served first
         self._is_asking = False  # the first of them asked its room
+        self._metrics = metrics
         self._lists = lists
         self._requests = requests
         self._stop_watching: Callable[[], None] | None = None
@@ -232,6 +245,8 @@ class NativeConnection:
 
     def settle(self, submit: Submit, verdict: Verdict, room: Room) -> None:
         """A channel's room has judged an update."""
+        if self._metrics is not None:
+            self._metrics.judged("native", verdict)
         self._follow_all(
             self._session.settle(submit, verdict, lsn=room.lsn, state_vector=room.state_vector())
         )
@@ -241,14 +256,20 @@ class NativeConnection:
         dropped = self._outbox.put_change(channel.number, encode_frame(change))
         if dropped is not None:
             self._owed[dropped] = self._channels[dropped]
+            self._count_resync()
         self._wake()
 
     def owe(self, channel: ChannelPeer) -> None:
         """A channel is to get all that it lacks, as soon as there is room for it."""
         self._outbox.owe(channel.number)
         self._owed[channel.number] = channel
+        self._count_resync()
         self._serve_owed()
         self._wake()
+
+    def _count_resync(self) -> None:
+        if self._metrics is not None:
+            self._metrics.resynced("native")
 
     def is_owed(self, channel: ChannelPeer) -> bool:
         """Whether changes need not be sent to a channel: what it is owed will hold them."""
@@ -314,6 +335,7 @@ class NativeConnection:
 
     def _send(self, frame: frames.FromRelay) -> None:
         encoded = encode_frame(frame)
+        self._count_refusal(frame)
         match frame:
             case frames.Ack():
                 self._outbox.put_ack(frame.channel, encoded)
@@ -325,6 +347,15 @@ class NativeConnection:
                 self._outbox.put(frame.channel, encoded)
             case _:
                 self._outbox.put_first(encoded)
+
+    def _count_refusal(self, frame: frames.FromRelay) -> None:
+        if self._metrics is None:
+            return
+        match frame:
+            case frames.Nack(code=code):
+                self._metrics.refused(str(code))
+            case frames.Closed(code=closed) if closed != LEFT:
+                self._metrics.refused(str(closed))
 
     def _greet(self, hello: frames.Hello) -> None:
         token = self._came_with if hello.token is None else hello.token
@@ -545,6 +576,8 @@ class NativeConnection:
         return True
 
     def _close(self, code: CloseCode, reason: str) -> None:
+        if self._metrics is not None and code.is_final:
+            self._metrics.refused(str(code.value))
         self.close_code = code
         self.close_reason = shorten(reason, CLOSE_REASON_BYTES_MAX)
         self.leave()

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from crdt_llm.document.schema import Grant
     from crdt_llm.errors import CrdtLlmError
+    from crdt_llm.sync.metrics import Metrics
     from crdt_llm.sync.room import Delivery, Room
     from crdt_llm.sync.session import Event
     from crdt_llm.sync.verdict import CloseCode, Verdict
@@ -57,12 +58,19 @@ class RemotePeer(Peer):
         principal: The authenticated name; empty for a connection that is only to be refused.
         wake: Called when :meth:`take` may have something, or it is time to close. It must not wait.
         cap: The most that its token allows in the conversation; ``None`` narrows nothing.
+        metrics: What is counted; ``None`` counts nothing.
     """
 
     def __init__(
-        self, principal: str, wake: Callable[[], None], *, cap: Grant | None = None
+        self,
+        principal: str,
+        wake: Callable[[], None],
+        *,
+        cap: Grant | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         super().__init__(principal)
+        self._metrics = metrics
         self.author = Author(principal, cap=cap)
         self.close_code: CloseCode | None = None
         self.close_reason = ""
@@ -84,7 +92,7 @@ class RemotePeer(Peer):
         """Take one frame; waits while the room has too many of this peer's updates."""
         for event in self._session.receive(frame):
             if isinstance(event, Submit) and self._room is not None:
-                submission = Submission(self, event.update, event.answers, event)
+                submission = Submission(self, event.update, event.answers, tag=event)
                 await self._room.submit(submission)
             else:
                 self._follow(event)
@@ -122,6 +130,8 @@ class RemotePeer(Peer):
     def settle(self, submission: Submission, verdict: Verdict, room: Room) -> None:
         """See :class:`~crdt_llm.sync.room.Peer`."""
         del room  # known since it was entered
+        if self._metrics is not None:
+            self._metrics.judged("plain", verdict)
         self._follow_all(self._session.settle(submission.tag, verdict))
 
     def deliver(self, delivery: Delivery) -> None:
@@ -133,6 +143,8 @@ class RemotePeer(Peer):
             self._outbox.drop_document()
             self._will_have = None
             self._owed = self._has
+            if self._metrics is not None:
+                self._metrics.resynced("plain")
         self._wake()
 
     def answer(self, room: Room) -> None:
@@ -163,7 +175,9 @@ class RemotePeer(Peer):
         match event:
             case Ask():
                 if self._room is not None:
-                    self._outbox.put_first(encode_frame(SyncStep1(self._room.state_vector(self.author))))
+                    self._outbox.put_first(
+                        encode_frame(SyncStep1(self._room.state_vector(self.author)))
+                    )
             case GoLive():
                 self._is_live = True
             case Answer(state_vector):
@@ -185,6 +199,8 @@ class RemotePeer(Peer):
         self._wake()
 
     def _close(self, code: CloseCode, reason: str, *, deny: bool) -> None:
+        if self._metrics is not None and code.is_final:
+            self._metrics.refused(str(code.value))
         self._outbox.drop_all()
         self._is_live = False
         self._owed = None

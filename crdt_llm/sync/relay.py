@@ -23,6 +23,7 @@ import asyncio
 import itertools
 import json
 import logging
+from base64 import urlsafe_b64encode
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,13 +47,15 @@ from crdt_llm.errors import (
 from crdt_llm.sync import wire as plain
 from crdt_llm.sync.access import may_connect
 from crdt_llm.sync.frames import FRAME_BYTES_MAX, HELLO_BYTES_MAX, SUBPROTOCOL
+from crdt_llm.sync.metrics import CONTENT_TYPE
 from crdt_llm.sync.native_peer import NativeConnection
 from crdt_llm.sync.peer import RemotePeer
+from crdt_llm.sync.static_page import NO_POLICY_NEEDED
 from crdt_llm.sync.verdict import CloseCode, one_line
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from websockets.asyncio.server import Server
     from websockets.http11 import Request
@@ -62,8 +65,10 @@ if TYPE_CHECKING:
     from crdt_llm.sync.conversation_list import ConversationLists
     from crdt_llm.sync.hub import Hub
     from crdt_llm.sync.leases import LeaseOffice
+    from crdt_llm.sync.metrics import Dialect, Metrics
     from crdt_llm.sync.native_peer import RelayIdentity
     from crdt_llm.sync.requests import Requests
+    from crdt_llm.sync.static_page import StaticPage
 
 logger = logging.getLogger("crdt_llm.sync")
 
@@ -142,7 +147,10 @@ class Relay:
         requests: What clients of the native dialect may ask for.
         identity: What it says of itself in the native dialect, which it does not speak without.
         origins: Further origins whose pages may connect, as ``https://example.org``.
-        page: What ``GET /`` shows.
+        page: What ``GET /`` shows where there is no built page.
+        built_page: The files of the page, if it was built.
+        metrics: What ``GET /metrics`` shows; without it there is none.
+        node_keys: The public keys of nodes in this process, for those who look them up.
         node_problem: For ``/readyz``: ``None``, or why the node cannot answer; without a function
             there is no node here.
         limits: What it takes on.
@@ -161,6 +169,9 @@ class Relay:
         requests: Requests | None = None,
         origins: frozenset[str] = frozenset(),
         page: str = _PAGE,
+        built_page: StaticPage | None = None,
+        metrics: Metrics | None = None,
+        node_keys: tuple[bytes, ...] = (),
         node_problem: Callable[[], str | None] | None = None,
         limits: Limits | None = None,
         tls: ssl.SSLContext | None = None,
@@ -176,6 +187,9 @@ class Relay:
             leases.vacant = hub.notice
         self._origins = origins
         self._page = page
+        self._built_page = built_page
+        self._metrics = metrics
+        self._node_keys = node_keys
         self._node_problem = node_problem
         self._limits = limits or Limits()
         self._tls = tls
@@ -269,7 +283,7 @@ class Relay:
         path, _, query = request.path.partition("?")
         upgrade = ",".join(request.headers.get_all("Upgrade")).lower()
         if "websocket" not in upgrade:
-            return self._answer(path, _token_of(request, query))
+            return self._answer(request, unquote(path), _token_of(request, query))
         origins, hosts = request.headers.get_all("Origin"), request.headers.get_all("Host")
         if len(origins) > 1 or len(hosts) > 1:
             return _response(HTTPStatus.BAD_REQUEST, "one Origin and one Host, please")
@@ -295,16 +309,22 @@ class Relay:
         of_address = self._unknown[address] >= limits.unknown_of_address
         return of_address or self._unknown.total() >= limits.unknown
 
-    def _answer(self, path: str, token: str | None) -> Response:
+    def _answer(  # noqa: PLR0911 - one each
+        self, request: Request, path: str, token: str | None
+    ) -> Response:
         match path:
-            case "/":
-                return _response(HTTPStatus.OK, self._page, "text/html")
             case "/healthz":
                 return _response(HTTPStatus.OK, "ok")
             case "/readyz":
                 return self._readiness()
-        if not is_conversation_id(unquote(path[1:])):
-            return _response(HTTPStatus.NOT_FOUND, "there is nothing here")
+            case "/metrics" if self._metrics is not None:
+                return _made(HTTPStatus.OK, {"Content-Type": CONTENT_TYPE}, self._metrics.render())
+            case "/.well-known/crdt-llm.json" if self._identity is not None:
+                return self._keys(self._identity)
+            case "/" if self._built_page is None:
+                return _response(HTTPStatus.OK, self._page, "text/html")
+        if not is_conversation_id(path[1:]):
+            return self._file(request, path)
         if self._authenticate(token) is None:
             response = _response(HTTPStatus.UNAUTHORIZED, "a valid token is needed")
             response.headers["WWW-Authenticate"] = "Bearer"
@@ -312,6 +332,26 @@ class Relay:
         response = _response(HTTPStatus.UPGRADE_REQUIRED, "join a conversation by websocket")
         response.headers["Upgrade"] = "websocket"
         return response
+
+    def _file(self, request: Request, path: str) -> Response:
+        host = _first(request.headers.get_all("Host"))
+        tags = ",".join(request.headers.get_all("If-None-Match"))
+        page = self._built_page
+        found = None if page is None else page.answer(path, host, tags)
+        if found is None:
+            return _response(HTTPStatus.NOT_FOUND, "there is nothing here")
+        return _made(found.status, found.headers, found.body)
+
+    def _keys(self, identity: RelayIdentity) -> Response:
+        """Clients pin the first, and look up whom the others belong to."""
+        nodes = {one.node_key for one in self._native if one.node_key is not None}
+        keys = [*self._node_keys, *sorted(nodes - set(self._node_keys))]
+        body = {
+            "protocols": [SUBPROTOCOL],
+            "relay_key": _base64url(identity.key),
+            "node_keys": [_base64url(key) for key in keys],
+        }
+        return _response(HTTPStatus.OK, json.dumps(body), "application/json")
 
     def _readiness(self) -> Response:
         health = self._hub.health
@@ -356,17 +396,18 @@ class Relay:
     async def _carry_plain(
         self, socket: ServerConnection, conversation: str, token: str | None
     ) -> None:
-        wire = _Wire(socket, self._limits.write_buffer_bytes)
+        wire = _Wire(socket, self._limits.write_buffer_bytes, self._metrics)
         try:
             found = self._admit(token)
             if not found.may_enter(conversation) and is_conversation_id(conversation):
                 raise Forbidden("forbidden", "this token is for other conversations")
         except CrdtLlmError as error:
-            peer = RemotePeer("", wire.wake)
+            peer = RemotePeer("", wire.wake, metrics=self._metrics)
             peer.refuse(error)
             await self._run(socket, wire, peer)
             return
-        peer = RemotePeer(found.principal, wire.wake, cap=found.cap(conversation))
+        cap = found.cap(conversation)
+        peer = RemotePeer(found.principal, wire.wake, cap=cap, metrics=self._metrics)
         socket.protocol.max_message_size = min(plain.FRAME_BYTES_MAX, self._limits.frame_bytes)
         self._known[peer] = found
         try:
@@ -397,7 +438,7 @@ class Relay:
             if is_unknown:
                 connection.refuse(Unavailable("say who you are sooner"))
 
-        wire = _Wire(socket, self._limits.write_buffer_bytes)
+        wire = _Wire(socket, self._limits.write_buffer_bytes, self._metrics)
         connection = NativeConnection(
             self._hub,
             identity,
@@ -407,6 +448,7 @@ class Relay:
             leases=self._leases,
             lists=self._lists,
             requests=self._requests,
+            metrics=self._metrics,
         )
         self._native.add(connection)
         late = asyncio.get_running_loop().call_later(self._limits.hello_s, be_late)
@@ -431,6 +473,9 @@ class Relay:
         carried: _Carried,
         entering: Awaitable[None] | None = None,
     ) -> None:
+        dialect: Dialect = "native" if isinstance(carried, NativeConnection) else "plain"
+        if self._metrics is not None:
+            self._metrics.opened(dialect)
         wire.carried = carried
         wire.wake()  # it may have been refused before it had a wire
         sending = asyncio.get_running_loop().create_task(wire.run(carried))
@@ -440,6 +485,8 @@ class Relay:
             taken = 0
             async for message in socket:
                 taken += 1
+                if self._metrics is not None:
+                    self._metrics.received(len(message))
                 if isinstance(message, str):
                     carried.refuse(MalformedMessage("this protocol has no text frames"))
                 else:
@@ -447,6 +494,8 @@ class Relay:
                 if taken % FRAMES_PER_TURN == 0:
                     await asyncio.sleep(0)
         finally:
+            if self._metrics is not None:
+                self._metrics.closed(dialect)
             carried.leave()
             sending.cancel()
             with suppress(asyncio.CancelledError):
@@ -507,8 +556,11 @@ class _Wire:
     task a frame, which is half the cost of a broadcast.
     """
 
-    def __init__(self, socket: ServerConnection, write_buffer_bytes: int) -> None:
+    def __init__(
+        self, socket: ServerConnection, write_buffer_bytes: int, metrics: Metrics | None
+    ) -> None:
         self._socket = socket
+        self._metrics = metrics
         self._write_buffer_bytes = write_buffer_bytes
         self._news = asyncio.Event()
         self._is_sending = False  # the task has a frame that must go first
@@ -523,10 +575,15 @@ class _Wire:
             if frame is None:
                 break
             broadcast((self._socket,), frame)
+            self._count(frame)
         else:
             self._news.set()
         if self.carried.close_code is not None:
             self._news.set()
+
+    def _count(self, frame: bytes) -> None:
+        if self._metrics is not None:
+            self._metrics.sent(len(frame))
 
     async def run(self, carried: _Carried) -> None:
         """Send until it is time to close, then close."""
@@ -537,6 +594,7 @@ class _Wire:
                 self._is_sending = True
                 while (frame := carried.take()) is not None:
                     await self._socket.send(frame)
+                    self._count(frame)
                 self._is_sending = False
             await self._socket.close(carried.close_code, carried.close_reason)
         except ConnectionClosed:
@@ -568,15 +626,22 @@ def _first(values: list[str]) -> str | None:
 
 def _response(status: HTTPStatus, text: str, kind: str = "text/plain") -> Response:
     body = (text if text.endswith("\n") else text + "\n").encode()
-    headers = Headers(
-        {
-            "Connection": "close",
-            "Content-Length": str(len(body)),
-            "Content-Type": f"{kind}; charset=utf-8",
-            "Cache-Control": "no-store",
-            # The page's own address may hold the token.
-            "Referrer-Policy": "no-referrer",
-            "X-Content-Type-Options": "nosniff",
-        }
-    )
-    return Response(status.value, status.phrase, headers, body)
+    return _made(status, {"Content-Type": f"{kind}; charset=utf-8"}, body)
+
+
+def _made(status: HTTPStatus, headers: Mapping[str, str], body: bytes) -> Response:
+    every = {
+        "Connection": "close",
+        "Cache-Control": "no-store",
+        "Content-Security-Policy": NO_POLICY_NEEDED,
+        # The page's own address may hold the token.
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+    if status is not HTTPStatus.NOT_MODIFIED:  # it has no body to measure (RFC 9110, 15.4.5)
+        every["Content-Length"] = str(len(body))
+    return Response(status.value, status.phrase, Headers(every | dict(headers)), body)
+
+
+def _base64url(key: bytes) -> str:
+    return urlsafe_b64encode(key).rstrip(b"=").decode()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,11 +25,14 @@ from crdt_llm.sync.frames import (
     encode,
 )
 from crdt_llm.sync.hub import Hub
+from crdt_llm.sync.metrics import Metrics
 from crdt_llm.sync.relay import Limits, Relay
+from crdt_llm.sync.static_page import StaticPage
 from crdt_llm.sync.verdict import CloseCode
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from websockets.asyncio.client import ClientConnection
     from websockets.typing import Subprotocol
@@ -45,11 +49,11 @@ class Served:
     def __init__(self, **options: Any) -> None:
         self.passes: dict[str, Pass] = dict(PASSES)
         self.ended: set[str] = set()
+        options.setdefault("identity", IDENTITY)
         self.relay = Relay(
             Hub(MemoryLog(MemoryDisk("log"), clock=lambda: 0)),
             authenticate=lambda token: self.passes.get(token or ""),
             is_valid=lambda found: found.principal not in self.ended,
-            identity=IDENTITY,
             **options,
         )
 
@@ -207,3 +211,66 @@ async def test_a_stop_says_come_back() -> None:
         await served.relay.stop()
         assert await end_of(socket) == CloseCode.RESTART
     assert not asyncio.all_tasks() - {asyncio.current_task()}
+
+
+async def get(served: Served, path: str, headers: str = "") -> tuple[int, str, str]:
+    host, port = served.relay.address
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\n{headers}\r\n".encode())
+    head, _, body = (await reader.read()).decode().partition("\r\n\r\n")
+    writer.close()
+    return int(head.split()[1]), head.lower(), body
+
+
+async def test_clients_find_the_relays_key_and_its_nodes() -> None:
+    async with serving(node_keys=(b"e" * 32,)) as served, served.open() as socket:
+        await send(socket, Hello(1, "node", "test", b"n" * 32))
+        await read(socket, Welcome)
+        _, head, body = await get(served, "/.well-known/crdt-llm.json")
+        assert "content-type: application/json" in head
+        assert json.loads(body) == {
+            "protocols": ["crdt-llm.v1"],
+            "relay_key": "a2tra2tra2tra2tra2tra2tra2tra2tra2tra2tra2s",
+            "node_keys": [
+                "ZWVlZWVlZWVlZWVlZWVlZWVlZWVlZWVlZWVlZWVlZWU",
+                "bm5ubm5ubm5ubm5ubm5ubm5ubm5ubm5ubm5ubm5ubm4",
+            ],
+        }
+
+
+async def test_a_relay_without_a_key_is_not_well_known() -> None:
+    async with serving(identity=None) as served:
+        assert (await get(served, "/.well-known/crdt-llm.json"))[0] == 404
+
+
+async def test_metrics_are_shown_where_there_are_any() -> None:
+    async with serving() as served:
+        assert (await get(served, "/metrics"))[0] == 404
+    async with serving(metrics=Metrics()) as served, served.open() as socket:
+        await greet(socket)
+        status, head, body = await get(served, "/metrics")
+        assert status == 200
+        assert "content-type: text/plain; version=0.0.4" in head
+        assert 'crdt_llm_connections{dialect="native"} 1.0' in body
+        sent = len(encode(Hello(1, "owner", "test", None)))
+        assert f'crdt_llm_frame_bytes_total{{direction="in"}} {float(sent)}' in body
+
+
+async def test_a_built_page_is_served(tmp_path: Path) -> None:
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "index.html").write_text("<p>built</p>")
+    (tmp_path / "assets" / "page-12345678.js").write_text("script")
+    async with serving(built_page=StaticPage(tmp_path)) as served:
+        for path in ("/", f"/c/{CONVERSATION}", "/?token=owner"):
+            status, head, body = await get(served, path)
+            assert (status, body) == (200, "<p>built</p>")
+            assert "default-src 'self'" in head
+        status, head, _ = await get(served, "/assets/page-12345678.js")
+        assert (status, "immutable" in head) == (200, True)
+        answer = StaticPage(tmp_path).answer("/", None, None)
+        assert answer is not None
+        status, head, body = await get(served, "/", f"If-None-Match: {answer.headers['ETag']}\r\n")
+        assert (status, body) == (304, "")
+        assert (await get(served, "/none.js"))[0] == 404
+        assert (await get(served, "/%2e%2e/secret"))[0] == 404
+        assert (await get(served, f"/{CONVERSATION}"))[0] == 401
