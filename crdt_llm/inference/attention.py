@@ -75,6 +75,10 @@ class KvPool:
         self.kv = _lazy_zeros(count, layers, 2 * kv_heads, TILE, head_dim)
         self.hidden = _lazy_zeros(count, TILE, hidden)
         self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        # Views by layer, ``(count, kv_heads, TILE, head_dim)``: a decode step makes no others.
+        self.keys = self.kv[:, :, :kv_heads].unbind(1)
+        self.values = self.kv[:, :, kv_heads:].unbind(1)
 
     @staticmethod
     def slot_bytes(layers: int, kv_heads: int, head_dim: int, hidden: int) -> int:
@@ -139,20 +143,30 @@ class TiledAttention:
         self._chunk = chunk
         self._block = block
         self._group = heads // pool.kv_heads
-        self._scale = pool.kv.shape[-1] ** -0.5
-        self._skipped = chunk.offset % block  # rows of the first block before the chunk
-        self._blocks = -(-(self._skipped + chunk.rows) // block)
-        self._runs = _runs(chunk.slots[:-1])
-        # With one product in all the kernel is called outside of its parallel region, where the
-        # matrix library may split it over threads: another order of additions. So there are two.
-        self._copies = 2 if self._blocks * pool.kv_heads == 1 else 1
-        first = chunk.offset - self._skipped
+        self._scale = pool.head_dim**-0.5
+        skipped = chunk.offset % block  # rows of the first block before the chunk
+        self._blocks = -(-(skipped + chunk.rows) // block)
+        self._rows = slice(skipped, skipped + chunk.rows)
+        first = chunk.offset - skipped
         rows = torch.arange(first, first + self._blocks * block).view(-1, block, 1, 1)
         hidden = (torch.arange(TILE) > rows).expand(-1, -1, self._group, -1)
         mask = torch.zeros(hidden.shape, dtype=KV_DTYPE).masked_fill_(hidden, float("-inf"))
-        self._mask = mask.reshape(self._blocks, 1, block * self._group, TILE)
-        if self._copies > 1:
-            self._mask = self._mask.expand(self._copies, -1, -1, -1)
+        mask = mask.reshape(self._blocks, 1, block * self._group, TILE)
+        # What the kernel is called with: the blocks of a chunk with one tile, or the one block of a
+        # short chunk with neighbouring tiles.
+        self._calls: list[tuple[int, int, Tensor | None]] = []
+        if self._blocks > 1:
+            self._calls += [(slot, slot + 1, None) for slot in chunk.slots[:-1]]
+            self._calls.append((chunk.slots[-1], chunk.slots[-1] + 1, mask))
+        else:
+            *before, (start, count) = _runs(chunk.slots)
+            self._calls += [(other, other + tiles, None) for other, tiles in before]
+            # A mask of zeros adds nothing: one call for the last tile and its neighbours.
+            visible = mask.new_zeros(count - 1, *mask.shape[1:])
+            self._calls.append((start, start + count, torch.cat((visible, mask))))
+        shape = (self._blocks, self._block, pool.kv_heads, self._group, pool.head_dim)
+        self._padded = torch.zeros(shape, dtype=KV_DTYPE)
+        self._taken = self._padded.flatten(0, 1)[self._rows]
 
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
         """Write the chunk's keys and values, and attend.
@@ -166,69 +180,61 @@ class TiledAttention:
             float32, ``(rows, heads * head_dim)``.
         """
         chunk, pool = self._chunk, self._pool
-        kv_heads = pool.kv_heads
         last = pool.kv[chunk.slots[-1], layer]
         last[:, chunk.offset : chunk.offset + chunk.rows].copy_(keys_values.transpose(0, 1))
-        blocks = self._to_blocks(queries)
-        outputs: list[Tensor] = []
-        sums: list[Tensor] = []
-        for start, count in self._runs:
-            tiles = pool.kv[start : start + count, layer]
-            if self._blocks == 1 and self._copies == 1:
-                many = blocks.expand(count, -1, -1, -1)
-                output, log_sum = self._product(many, tiles[:, :kv_heads], tiles[:, kv_heads:])
-                outputs.extend(output[index : index + 1] for index in range(count))
-                sums.extend(log_sum[index : index + 1] for index in range(count))
-            else:
-                for index in range(count):
-                    self._meet(blocks, tiles[index : index + 1], None, outputs, sums)
-        self._meet(blocks, last.unsqueeze(0), self._mask, outputs, sums)
-        return self._from_blocks(_merge(outputs, sums))
-
-    def _meet(
-        self,
-        blocks: Tensor,
-        tile: Tensor,
-        mask: Tensor | None,
-        outputs: list[Tensor],
-        sums: list[Tensor],
-    ) -> None:
-        """Multiply every block with one tile ``(1, 2 * kv_heads, TILE, head_dim)``."""
-        batch = self._blocks * self._copies
-        kv_heads = self._pool.kv_heads
-        output, log_sum = self._product(
-            blocks.expand(batch, -1, -1, -1) if self._copies > 1 else blocks,
-            tile[:, :kv_heads].expand(batch, -1, -1, -1),
-            tile[:, kv_heads:].expand(batch, -1, -1, -1),
-            mask,
+        self._taken.copy_(queries.view(self._taken.shape))
+        blocks = self._padded.transpose(1, 2).reshape(
+            self._blocks, pool.kv_heads, -1, pool.head_dim
         )
-        outputs.append(output[: self._blocks])
-        sums.append(log_sum[: self._blocks])
+        found = [
+            self._product(blocks, pool.keys[layer][start:end], pool.values[layer][start:end], mask)
+            for start, end, mask in self._calls
+        ]
+        if self._blocks > 1:
+            output = torch.stack([output for output, _ in found])
+            log_sum = torch.stack([log_sum for _, log_sum in found])
+        elif len(found) > 1:
+            output = torch.cat([output for output, _ in found]).unsqueeze(1)
+            log_sum = torch.cat([log_sum for _, log_sum in found]).unsqueeze(1)
+        else:
+            output, log_sum = (part.unsqueeze(1) for part in found[0])
+        return _merge(self._to_rows(output), self._to_rows(log_sum.unsqueeze(-1)))
 
     def _product(
-        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The kernel: softmax over one tile, and the log of its denominator."""
+        """The kernel: softmax over each tile, and the log of its denominator.
+
+        Args:
+            queries: ``(blocks, kv_heads, rows, head_dim)``.
+            keys: ``(tiles, kv_heads, TILE, head_dim)``; one tile, or one block.
+            values: as ``keys``.
+            mask: what is added to the scores, or None.
+
+        Returns:
+            ``(products, kv_heads, rows, head_dim)``, ``(products, kv_heads, rows)``.
+        """
+        products = max(len(queries), len(keys))
+        # With one product in all the kernel is called outside of its parallel region, where the
+        # matrix library may split it over threads: another order of additions. So there are two.
+        batch = 2 if products * self._pool.kv_heads == 1 else products
         output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001 - the public function hides the log-sum-exp
-            queries, keys, values, attn_mask=mask, scale=self._scale
+            queries.expand(batch, -1, -1, -1),
+            keys.expand(batch, -1, -1, -1),
+            values.expand(batch, -1, -1, -1),
+            attn_mask=mask if mask is None else mask.expand(batch, -1, -1, -1),
+            scale=self._scale,
         )
-        return output, log_sum
+        return output[:products], log_sum[:products]
 
-    def _to_blocks(self, queries: Tensor) -> Tensor:
-        """``(rows, heads, d)`` to bfloat16 ``(blocks, kv_heads, block * group, d)``."""
-        _, heads, head_dim = queries.shape
-        padded = torch.zeros(self._blocks * self._block, heads, head_dim, dtype=KV_DTYPE)
-        padded[self._skipped : self._skipped + self._chunk.rows] = queries
+    def _to_rows(self, blocks: Tensor) -> Tensor:
+        """``(tiles, blocks, kv_heads, rows, n)`` to ``(tiles, rows, kv_heads, group, n)``.
+
+        Without the rows that were filled up.
+        """
         kv_heads = self._pool.kv_heads
-        split = padded.view(self._blocks, self._block, kv_heads, self._group, head_dim)
-        return split.transpose(1, 2).reshape(self._blocks, kv_heads, -1, head_dim)
-
-    def _from_blocks(self, blocks: Tensor) -> Tensor:
-        """The way back, without the rows that were filled up."""
-        head_dim = blocks.shape[-1]
-        split = blocks.view(self._blocks, self._pool.kv_heads, self._block, self._group, head_dim)
-        rows = split.transpose(1, 2).reshape(self._blocks * self._block, -1)
-        return rows[self._skipped : self._skipped + self._chunk.rows]
+        split = blocks.view(len(blocks), self._blocks, kv_heads, self._block, self._group, -1)
+        return split.transpose(2, 3).flatten(1, 2)[:, self._rows]
 
 
 def small_block(heads: int, kv_heads: int) -> int:
@@ -276,22 +282,25 @@ def _runs(slots: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _merge(outputs: list[Tensor], sums: list[Tensor]) -> Tensor:
-    """Put the tiles of a row together, weighted by their share of the whole denominator.
+def _merge(outputs: Tensor, log_sums: Tensor) -> Tensor:
+    """Put the tiles of each row together, weighted by their share of the whole denominator.
+
+    The weighted sum is one addition after the other in the order of positions, because a reduction
+    may pick its order by the size of the batch.
 
     Args:
-        outputs: of each tile, bfloat16 ``(blocks, kv_heads, rows, head_dim)``.
-        sums: of each tile, float32 ``(blocks, kv_heads, rows)``.
+        outputs: bfloat16 ``(tiles, rows, kv_heads, group, head_dim)``.
+        log_sums: float32 ``(tiles, rows, kv_heads, group, 1)``.
 
     Returns:
-        float32 ``(blocks, kv_heads, rows, head_dim)``.
+        float32 ``(rows, heads * head_dim)``.
     """
+    rows = outputs.shape[1]
     if len(outputs) == 1:
-        return outputs[0].to(torch.float32, memory_format=torch.contiguous_format)
-    # The softmax runs row by row over the tiles; the weighted sum is one multiplication and one
-    # addition after the other, because a reduction may pick its order by the size of the batch.
-    weights = torch.stack(sums, dim=-1).softmax(dim=-1).unsqueeze(-2)
-    merged = outputs[0] * weights[..., 0]
-    for index, output in enumerate(outputs[1:], 1):
-        merged += output * weights[..., index]
-    return merged
+        return outputs[0].float().reshape(rows, -1)
+    # Row by row: along any other dimension the last elements go through a scalar `exp`.
+    weights = log_sums.movedim(0, -1).softmax(-1).movedim(-1, 0)
+    first, *others = (outputs * weights).unbind()
+    for other in others:
+        first += other
+    return first.reshape(rows, -1)

@@ -40,10 +40,16 @@ from crdt_llm.inference.attention import (
     small_block,
     wide_blocks_agree,
 )
-from crdt_llm.inference.quantised import WEIGHT_FORMAT, Int8Linear, Rows, check_integer_product
+from crdt_llm.inference.quantised import (
+    WEIGHT_FORMAT,
+    Int8Linear,
+    Rows,
+    check_integer_product,
+    prepacked_product_is_exact,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -283,7 +289,7 @@ def fingerprint(folder: Path, config: dict[str, Any]) -> str:
     """A digest over everything that the numbers depend on: 32 hexadecimal digits."""
     state = hashlib.sha256()
     for part in (
-        "crdt-llm/1/torch-engine/1",  # raise the last number when the arithmetic here changes
+        "crdt-llm/1/torch-engine/2",  # raise the last number when the arithmetic here changes
         WEIGHT_FORMAT,
         str(KV_DTYPE),
         torch.__version__,
@@ -313,6 +319,7 @@ class Llama:
     def __init__(self, folder: Path) -> None:
         config = read_config(folder)
         check_integer_product()
+        prepacked = self._prepacked = prepacked_product_is_exact()
         self.shape = read_shape(config)
         self.fingerprint = fingerprint(folder, config)
         weights = Weights(folder)
@@ -331,7 +338,7 @@ class Llama:
             head = self._embedding
         else:
             head = weights.take("lm_head.weight", *table_shape)
-        self._head = Int8Linear.quantise([head], [None])
+        self._head = Int8Linear.quantise([head], [None], prepacked=prepacked)
         weights.check_empty()
         self._cosines, self._sines = _rotations(folder, read_rope(config), shape)
 
@@ -353,46 +360,74 @@ class Llama:
             raise ModelUnusable(message)
         return KvPool(count, *sizes)
 
-    def forward(self, ids: Tensor, chunk: Chunk, pool: KvPool) -> None:
-        """Compute the rows of a chunk into the last of its slots.
+    def forward(self, ids: Tensor, chunks: Sequence[Chunk], pool: KvPool) -> None:
+        """Compute the rows of one or more chunks, each into the last of its slots.
+
+        Products see the rows of all chunks at once; attention sees one path at a time.
 
         Args:
-            ids: int64, ``(chunk.rows,)``.
-            chunk: where the rows stand.
+            ids: int64, as many as the chunks have rows, in their order.
+            chunks: where the rows stand; no two of them in one slot.
             pool: where the KV before them is, and theirs goes.
         """
         shape = self.shape
-        rows = chunk.rows
-        block = self._wide_block if rows >= WIDE_ROWS_MIN else self._small_block
-        attention = TiledAttention(pool, chunk, shape.heads, block)
-        end = chunk.position + rows
-        cosines = self._cosines[chunk.position : end]
-        sines = self._sines[chunk.position : end]
+        rows = len(ids)
+        parts = [
+            TiledAttention(pool, chunk, shape.heads, self._block(chunk.rows)) for chunk in chunks
+        ]
+        sizes = [chunk.rows for chunk in chunks]
+        cosines = self._rotation(self._cosines, chunks)
+        sines = self._rotation(self._sines, chunks)
         rotated_heads = shape.heads + shape.kv_heads
         all_heads = rotated_heads + shape.kv_heads
         epsilon = shape.norm_epsilon
         state = self._embedding[ids].float()
         for index, layer in enumerate(self._layers):
-            normed = _normed(state, layer.attention_norm, epsilon)
-            vectors = layer.queries_keys_values(Rows.round(normed))
+            vectors = layer.queries_keys_values(_normed(state, layer.attention_norm, epsilon))
             vectors = vectors.view(rows, all_heads, shape.head_dim)
             rotated = vectors[:, :rotated_heads]
             if layer.head_norm is not None:
-                rotated.copy_(_normed(rotated, layer.head_norm, epsilon))
+                rotated.mul_(_inverse_norm(rotated, epsilon)).mul_(layer.head_norm)
             turned = rotated.roll(shape.head_dim // 2, -1).mul_(sines)
             rotated.mul_(cosines).add_(turned)
-            attended = attention(index, vectors[:, : shape.heads], vectors[:, shape.heads :])
+            queries, keys_values = vectors[:, : shape.heads], vectors[:, shape.heads :]
+            if len(parts) == 1:
+                attended = parts[0](index, queries, keys_values)
+            else:
+                each = zip(
+                    parts, torch.split(queries, sizes), torch.split(keys_values, sizes), strict=True
+                )
+                attended = torch.cat([part(index, *theirs) for part, *theirs in each])
             state += layer.output(Rows.round(attended))
-            gates = layer.gate_up(Rows.round(_normed(state, layer.mlp_norm, epsilon)))
+            gates = layer.gate_up(_normed(state, layer.mlp_norm, epsilon))
             state += layer.down(Rows.round(_gated(gates)))
-        last = pool.hidden[chunk.slots[-1]]
-        last[chunk.offset : chunk.offset + rows] = _normed(state, self._norm, epsilon)
+        state *= _inverse_norm(state, epsilon)
+        state *= self._norm
+        for chunk, hidden in zip(chunks, torch.split(state, sizes), strict=True):
+            pool.hidden[chunk.slots[-1], chunk.offset : chunk.offset + chunk.rows] = hidden
 
-    def logits(self, pool: KvPool, slot: int, row: int) -> Tensor:
-        """The logits that follow a resident row: float32, ``(vocabulary,)``."""
-        return self._head(Rows.round(pool.hidden[slot, row : row + 1].float()))[0]
+    def logits(self, pool: KvPool, places: Sequence[tuple[int, int]]) -> Tensor:
+        """The logits that follow resident rows.
+
+        Args:
+            pool: where the rows are.
+            places: of each, its slot and its row there.
+
+        Returns:
+            float32, ``(places, vocabulary)``.
+        """
+        hidden = torch.stack([pool.hidden[slot, row] for slot, row in places])
+        return self._head(Rows.round(hidden.float()))
 
     # -- inside --------------------------------------------------------------------------------
+
+    def _block(self, rows: int) -> int:
+        return self._wide_block if rows >= WIDE_ROWS_MIN else self._small_block
+
+    @staticmethod
+    def _rotation(table: Tensor, chunks: Sequence[Chunk]) -> Tensor:
+        parts = [table[chunk.position : chunk.position + chunk.rows] for chunk in chunks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _read_layer(self, weights: Weights, prefix: str) -> Layer:
         shape = self.shape
@@ -407,7 +442,7 @@ class Llama:
                 bias = weights.take_if_there(name + ".bias", outputs)
                 matrices.append(functional.pad(matrix, (0, 0, 0, pad)))
                 biases.append(None if bias is None else functional.pad(bias, (0, pad)))
-            return Int8Linear.quantise(matrices, biases)
+            return Int8Linear.quantise(matrices, biases, prepacked=self._prepacked)
 
         head_norm = None
         query_norm = weights.take_if_there(attention + "q_norm.weight", shape.head_dim)
@@ -438,7 +473,9 @@ class Llama:
                 (mlp + "up_proj", shape.intermediate, shape.hidden),
                 pad=pad,
             ),
-            down=Int8Linear.quantise([functional.pad(down, (0, pad))], [down_bias]),
+            down=Int8Linear.quantise(
+                [functional.pad(down, (0, pad))], [down_bias], prepacked=self._prepacked
+            ),
         )
 
 
@@ -446,20 +483,32 @@ SLOTS_MIN = 2
 """A path that leaves a tile in the middle needs the tile and its copy."""
 
 
-def _normed(state: Tensor, gain: Tensor, epsilon: float) -> Tensor:
-    """RMS norm (Zhang and Sennrich, 2019) over the last dimension."""
-    mean = state.square().mean(-1, keepdim=True)
-    return state.mul(mean.add_(epsilon).rsqrt_()).mul_(gain)
+def _inverse_norm(state: Tensor, epsilon: float) -> Tensor:
+    """One over the root of the mean square (RMS norm, Zhang and Sennrich, 2019), by row."""
+    return state.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+
+
+def _normed(state: Tensor, gain: Tensor, epsilon: float) -> Rows:
+    """RMS norm of each row, rounded. Rounding sees no factor of a row: it joins the row's scale."""
+    return Rows.round(state * gain, _inverse_norm(state, epsilon))
 
 
 def _gated(gates: Tensor) -> Tensor:
-    """``silu(gate) * up`` of ``(rows, 2 * width)``, in parts that torch does not split."""
+    """``silu(gate) * up`` of ``(rows, 2 * width)``, in parts that torch splits harmlessly."""
     width = gates.shape[1] // 2
-    rows_max = max(1, ELEMENTS_MAX_PER_THREAD // width)
+    rows_max = len(gates)
+    if not _splits_into_registers(rows_max * width):
+        rows_max = max(1, ELEMENTS_MAX_PER_THREAD // width)
     parts = [
         functional.silu(part[:, :width]).mul_(part[:, width:]) for part in _in_rows(gates, rows_max)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _splits_into_registers(elements: int) -> bool:
+    """Whether no part that a thread is given ends within a vector register."""
+    threads = min(torch.get_num_threads(), -(-elements // ELEMENTS_MAX_PER_THREAD))
+    return -(-elements // threads) % VECTOR_ELEMENTS == 0
 
 
 def _in_rows(rows: Tensor, count_max: int) -> Iterator[Tensor]:

@@ -257,15 +257,15 @@ class TorchEngine:
         ids = request.ids[path.length : path.length + rows]
         slots = [tile.slot for tile in path.tiles]
         chunk = Chunk(position=path.length, rows=rows, slots=slots)
-        self._model.forward(torch.from_numpy(ids.astype(np.int64)), chunk, self._pool)
+        self._model.forward(torch.from_numpy(ids.astype(np.int64)), [chunk], self._pool)
         path.append(ids)
         return rows
 
     def _logits(self, request: Request) -> npt.NDArray[np.float32]:
         """The logits at the end of a path whose rows are all there."""
         depth, row = divmod(len(request.ids) - 1, TILE)
-        logits = self._model.logits(self._pool, request.path.tiles[depth].slot, row)
-        array: npt.NDArray[np.float32] = logits.numpy()
+        logits = self._model.logits(self._pool, [(request.path.tiles[depth].slot, row)])
+        array: npt.NDArray[np.float32] = logits[0].numpy()
         return array
 
     def _continue(self, request: Request, params: SamplingParams, emit: Emit) -> None:

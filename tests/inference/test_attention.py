@@ -119,7 +119,7 @@ def test_a_product_of_few_rows_is_found_to_disagree(monkeypatch: pytest.MonkeyPa
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         output, log_sum = product(self, queries, keys, values, mask)
         if queries.shape[2] < 8:

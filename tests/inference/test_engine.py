@@ -516,13 +516,11 @@ def all_logits(engine: TorchEngine, ids: Sequence[int]) -> torch.Tensor:
     warm(engine, ids)
     path = engine._tree.open(np.asarray(ids, np.uint32))
     slots = [tile.slot for tile in path.tiles]
+    places = [(slots[index // TILE], index % TILE) for index in range(len(ids))]
     with torch.inference_mode():
-        rows = [
-            engine._model.logits(engine._pool, slots[index // 256], index % 256)
-            for index in range(len(ids))
-        ]
+        logits = engine._model.logits(engine._pool, places)
     path.close()
-    return torch.stack(rows)
+    return logits
 
 
 def divergence(reference: torch.Tensor, logits: torch.Tensor) -> float:

@@ -45,7 +45,10 @@ def test_the_norm_of_a_row_is_one_value_in_any_company(threads: int, width: int)
     rows = torch.randn(64, width, generator=generator) * 3
     gain = torch.randn(width, generator=generator)
     torch.set_num_threads(1)
-    alone = torch.cat([llama._normed(rows[row : row + 1], gain, 1e-5) for row in range(64)])
+    alone = [llama._normed(rows[row : row + 1], gain, 1e-5) for row in range(64)]
     torch.set_num_threads(threads)
     for count in (1, 3, 16, 64):
-        assert torch.equal(llama._normed(rows[:count], gain, 1e-5), alone[:count])
+        together = llama._normed(rows[:count], gain, 1e-5)
+        assert torch.equal(together.scale, torch.cat([row.scale for row in alone[:count]]))
+        planes = [row.planes[index] for index in (0, 1) for row in alone[:count]]
+        assert torch.equal(together.planes, torch.stack(planes))
