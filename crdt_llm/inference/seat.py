@@ -85,6 +85,7 @@ class Surroundings:
         clock_ms: wall time, for ``at`` and for what a reply cost.
         random: ids, salts, client ids: so many random bytes.
         sleep: waits some seconds, between attempts to get an engine or a seat back.
+        seats_max: how many seats it can have at once.
     """
 
     take_seat: TakeSeat
@@ -92,3 +93,4 @@ class Surroundings:
     clock_ms: Callable[[], int]
     random: Callable[[int], bytes]
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    seats_max: int = 1000
