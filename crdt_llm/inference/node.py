@@ -117,13 +117,13 @@ class Node:
         await desk.settled.wait()
 
     def _make_room(self) -> None:
-        if len(self._desks) < DESKS_MAX:
+        """Let go of who is idle, the least recently used first, until there is room for one."""
+        too_many = len(self._desks) + 1 - min(DESKS_MAX, self.surroundings.seats_max)
+        if too_many <= 0:
             return
-        for name, (desk, task) in self._desks.items():
-            if desk.idle or task.done():
-                task.cancel()
-                del self._desks[name]
-                return
+        idle = [name for name, (desk, task) in self._desks.items() if desk.idle or task.done()]
+        for name in idle[:too_many]:
+            self._desks.pop(name)[1].cancel()
 
     # -- what desks share ----------------------------------------------------------------------
 
