@@ -615,7 +615,9 @@ class ChannelPeer(Peer):
     async def submit(self, submit: Submit) -> None:
         """Hand over an update; waits while too many have no verdict."""
         if self._room is not None:
-            await self._room.submit(Submission(self, submit.update, submit.is_document, tag=submit))
+            await self._room.submit(
+                Submission(self, submit.update, submit.is_document, submit.is_restore, tag=submit)
+            )
 
     def pull(self, state_vector: bytes) -> None:
         """Owe everything that is not in a state vector."""
