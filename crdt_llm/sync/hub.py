@@ -20,6 +20,7 @@ from crdt_llm.document.schema import is_conversation_id
 from crdt_llm.errors import (
     ConnectionLost,
     Corrupt,
+    CrdtLlmError,
     Gap,
     LocalMisuse,
     MalformedMessage,
@@ -31,6 +32,7 @@ from crdt_llm.store.register import MemoryRegister
 from crdt_llm.sync.drafts import Drafts
 from crdt_llm.sync.metrics import MeasuredLog
 from crdt_llm.sync.room import Peer, Room, Submission
+from crdt_llm.sync.scrubbing import Scrubber
 from crdt_llm.sync.verdict import (
     NO_SUCH_CONVERSATION,
     Committed,
@@ -43,7 +45,6 @@ from crdt_llm.sync.verdict import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from crdt_llm.errors import CrdtLlmError
     from crdt_llm.store.log import Stored, UpdateLog
     from crdt_llm.store.register import Register, Row
     from crdt_llm.sync.drafts import Listener
@@ -240,6 +241,8 @@ class Hub:
         self._register: Register = MemoryRegister() if register is None else register
         self._keeps_leases = register is not None
         self._relay_key = relay_key
+        self._scrubber = Scrubber(self._log)
+        self._debts: asyncio.Task[None] | None = None
         self._rooms: dict[str, Room] = {}  # the least recently entered first
         self._ending: set[asyncio.Task[None]] = set()
         self._damaged: dict[str, str] = {}
@@ -403,8 +406,11 @@ class Hub:
     def tick(self) -> None:
         """Let go of presence that expired and of rooms that are idle. Call it every few seconds."""
         now = self._clock()
+        if self._debts is None and not self._closed:
+            self._debts = asyncio.get_running_loop().create_task(self._open_debtors(), name="debts")
         for room in tuple(self._rooms.values()):
             room.share_presence(room.awareness.expire())
+            room.nudge()
             if room.is_idle and now - room.idle_since >= IDLE_S:
                 self._evict(room)
 
@@ -432,9 +438,20 @@ class Hub:
                 register=self._register,
                 keeps_leases=self._keeps_leases,
                 relay_key=self._relay_key,
+                scrubber=self._scrubber,
             )
         self._rooms[conversation] = room
         return room
+
+    async def _open_debtors(self) -> None:
+        """Open what a process before this one withdrew and did not wipe from the log."""
+        try:
+            for conversation in await self._register.owed():
+                if not self._closed and conversation not in self._rooms:
+                    self._room(conversation)
+        except CrdtLlmError as error:
+            logger.warning("what is owed a scrub is not known: %s", error)
+            self._debts = None  # the next tick tries again
 
     def _make_space(self) -> None:
         if len(self._rooms) < ROOMS_MAX:

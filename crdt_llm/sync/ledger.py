@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from crdt_llm.document.conversation import ACCESS, ENTRIES, META
-from crdt_llm.document.schema import ROOT
+from crdt_llm.document.schema import REDACTION_DELETES, ROOT
 from crdt_llm.store.register import Row
 
 if TYPE_CHECKING:
@@ -75,6 +75,20 @@ def follow(row: Row, change: Change, conversation: Conversation) -> Row:
         }
         row = _with_tips(row, digests)
     return _with_redactions(row, conversation, withdrawn) if withdrawn else row
+
+
+def withdraws(change: Change) -> bool:
+    """Whether a change withdrew something, or cleared away what a withdrawal had left."""
+    return any(
+        edit.root == ENTRIES
+        and (
+            (edit.action == "delete" and edit.key in REDACTION_DELETES)
+            or edit.key == "redacted"
+            or (not edit.path and "redacted" in (edit.new or ()))
+        )
+        for edit in change.edits
+        if len(edit.path) <= 1
+    )
 
 
 def leaves(conversation: Conversation) -> dict[str, bytes]:

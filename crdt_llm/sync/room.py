@@ -30,6 +30,9 @@ I7. After a loss of the log what the register says counts: rights, what was with
 I8. An epoch is durable in the register before anybody hears of it, and it changes between turns:
     what a node wrote before it lost the lease and what it wrote after are told apart by nothing
     but the order of this room.
+I9. What was withdrawn leaves the log's file too. That it is owed stands in the register before
+    the withdrawal is acknowledged, and until the file was rewritten: a crash in between is made
+    good by the next start.
 
 Backpressure: a peer has a bounded number of updates without a verdict and waits for room beyond.
 Peers take turns within a batch, so that one that floods does not keep the others of its
@@ -108,6 +111,7 @@ if TYPE_CHECKING:
     from crdt_llm.document.conversation import Change, Edit
     from crdt_llm.store.log import UpdateLog
     from crdt_llm.store.register import Register, Row
+    from crdt_llm.sync.scrubbing import Scrubber
     from crdt_llm.sync.structure import Limits, Missing, UpdateStructure
     from crdt_llm.sync.verdict import Verdict
     from crdt_llm.sync.wire import AwarenessState
@@ -342,6 +346,7 @@ class Room:
         committed: Called after every commit.
         ended: Called once, with the reason, when the room takes nobody in any more.
         register: Where its facts are durable beside the log.
+        scrubber: Wipes the log's file.
         keeps_leases: Whether a node must hold the lease to write.
         relay_key: The relay's public key, that leases are signed with; ``None`` to believe any.
     """
@@ -356,6 +361,7 @@ class Room:
         committed: Callable[[str], None],
         ended: Callable[[Room, CrdtLlmError], None],
         register: Register,
+        scrubber: Scrubber,
         keeps_leases: bool = False,
         relay_key: bytes | None = None,
     ) -> None:
@@ -369,6 +375,7 @@ class Room:
         self._committed = committed
         self._ended = ended
         self._register = register
+        self._scrubber = scrubber
         self._keeps_leases = keeps_leases
         self._relay_key = relay_key
         self._row: Row | None = None  # as it is durable; None before there is a birth
@@ -377,6 +384,9 @@ class Room:
         self._behind: tuple[str, ...] = ()  # tips that the register has and the document lacks
         self._unconfirmed: dict[str, tuple[str, Id]] = {}  # entry -> its author, and where it is
         self._is_restoring = False  # the log lost something, and no lease was granted since
+        self._withdrawals = 0  # turns with a withdrawal, since loading...
+        self._scrubbed = 0  # ...and how many of them are wiped from the log's file
+        self._scrubbing: asyncio.Task[None] | None = None
         self._granting: deque[tuple[bytes, asyncio.Future[int]]] = deque()
         self._replica: Conversation | None = None
         self._known: dict[int, int] = {}  # the replica's state vector
@@ -547,8 +557,13 @@ class Room:
     @property
     def is_idle(self) -> bool:
         """Whether nobody is here and nothing is going on."""
-        expected = self._seats or self._entering or self._wake.is_set()
+        expected = self._seats or self._entering or self._wake.is_set() or self._scrubbing
         return self._is_resting and not expected
+
+    def nudge(self) -> None:
+        """Have another look at what is owed; called every few seconds."""
+        if self._row is not None and self._row.scrub_owed:
+            self._wake.set()
 
     async def stop(self) -> None:
         """Carry out what was handed over, then end."""
@@ -620,6 +635,7 @@ class Room:
             self._committed(self.id)
         if batch.accepted:
             await self._compact_if_due()
+        await self._scrub_if_owed()
         if self._line or self._asking:
             self._wake.set()
 
@@ -903,6 +919,7 @@ class Room:
             current = ledger.first_row(replica)
         else:
             self._clients = dict(row.clients)
+            self._withdrawals = int(row.scrub_owed)
             self._behind = ledger.missing_tips(row, replica)
             # A log that ends before what it is known to have held has lost its end.
             cut = row.log_id != self._log.log_id or self.lsn < row.lsn
@@ -910,6 +927,7 @@ class Room:
             await self._load_unconfirmed(row)
             current = row if self._is_restoring else ledger.reconciled(row, replica)
         if current is not None and current is not row:
+            self._withdrawals = int(current.scrub_owed)
             current = replace(current, log_id=self._log.log_id, lsn=self.lsn)
             await self._register.save(current)
         self._row = current
@@ -935,6 +953,10 @@ class Room:
         else:
             for _, change in batch.accepted:
                 row = ledger.follow(row, change, replica)
+                if ledger.withdraws(change):
+                    row = replace(row, scrub_owed=True)
+                    self._withdrawals += 1
+                    self._tail.begin(self.lsn, ())  # nobody who comes back gets it from there
         if row is None or (row is self._row and not self._is_noteworthy):
             return
         waiting = {name: author for name, (author, _) in self._unconfirmed.items()}
@@ -1009,8 +1031,10 @@ class Room:
 
     async def _compact_if_due(self) -> None:
         due = self._log_bytes >= max(COMPACT_BYTES_MIN, COMPACT_RATIO * self._snapshot_bytes)
-        if not due and self._log_updates < COMPACT_UPDATES_MAX:
-            return
+        if due or self._log_updates >= COMPACT_UPDATES_MAX:
+            await self._compact()
+
+    async def _compact(self) -> bool:
         snapshot = self.diff()
         try:
             await self._log.compact(self.id, snapshot, self.lsn)
@@ -1018,9 +1042,35 @@ class Room:
             # Nothing is lost; it is tried again when the log has doubled.
             logger.warning("conversation %s is not compacted: %s", self.id, error)
             self._snapshot_bytes += self._log_bytes
+            is_done = False
         else:
             self._snapshot_bytes = self._document_bytes = len(snapshot)
+            is_done = True
         self._log_bytes = self._log_updates = 0
+        return is_done
+
+    async def _scrub_if_owed(self) -> None:
+        """I9. The mark goes only when all that it stands for is wiped."""
+        row = self._row
+        if row is None or not row.scrub_owed or self._scrubbing is not None:
+            return
+        if self._scrubbed == self._withdrawals:
+            await self._save(replace(row, scrub_owed=False))
+        elif (not self._log_updates and not self._snapshot_bytes) or await self._compact():
+            scrub = self._scrub(self._withdrawals)
+            self._scrubbing = asyncio.get_running_loop().create_task(scrub, name=f"scrub {self.id}")
+
+    async def _scrub(self, withdrawals: int) -> None:
+        try:
+            await self._scrubber.scrub()
+        except (StoreFailed, Corrupt) as error:
+            # The mark stays; it is tried again with the next commit or tick, or after a restart.
+            logger.warning("conversation %s is not scrubbed: %s", self.id, error)
+        else:
+            self._scrubbed = withdrawals
+            self._wake.set()
+        finally:
+            self._scrubbing = None
 
     # -- handing out ---------------------------------------------------------------------------
 
