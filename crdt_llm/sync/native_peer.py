@@ -616,7 +616,13 @@ class ChannelPeer(Peer):
         """Hand over an update; waits while too many have no verdict."""
         if self._room is not None:
             await self._room.submit(
-                Submission(self, submit.update, submit.is_document, submit.is_restore, tag=submit)
+                Submission(
+                    self,
+                    submit.update,
+                    is_document=submit.is_document,
+                    restore=submit.is_restore,
+                    tag=submit,
+                )
             )
 
     def pull(self, state_vector: bytes) -> None:
