@@ -214,6 +214,7 @@ export interface ConversationStatus {
   readonly behind: boolean
   /** With `refused` the close code, 4400 to 4499; else `null`. */
   readonly code: number | null
+  /** Why it is refused, or why what is unsent stays so although it is synced; else `''`. */
   readonly reason: string
 }
 

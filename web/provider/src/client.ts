@@ -46,9 +46,6 @@ import { browserTabs, loneTab, type Message, type Tabs } from './tabs.js'
 const PRESENCE_MS = 15_000
 /** The list waits so long for company before it is kept. */
 const PROFILE_WINDOW_MS = 500
-/** A channel that the relay closed for now is opened again after this, and up to as long again. */
-const REOPEN_MS = 1_000
-
 interface Asked {
   resolve(values: Plain): void
   reject(error: ProviderError): void
@@ -60,6 +57,7 @@ class OpenClient implements Client, Host {
   private readonly connection: Connection
   private readonly listeners = new Listeners<ClientEvents>()
   private readonly opening = new Map<string, Promise<OpenConversation>>()
+  private readonly closing = new Map<string, Promise<void>>()
   private readonly openOnes = new Map<string, OpenConversation>()
   /** Opened only to send what they left unsent. */
   private readonly background = new Set<string>()
@@ -177,10 +175,6 @@ class OpenClient implements Client, Host {
     this.connection.send(frame)
   }
 
-  fail(reason: string): void {
-    this.connection.fail(reason)
-  }
-
   private welcomed({ principal, relay }: Welcome): string | null {
     const { principal: known, relay: pinned } = this.profile
     if (known !== null && known !== principal) {
@@ -220,13 +214,10 @@ class OpenClient implements Client, Host {
   }
 
   reopen(one: OpenConversation): void {
-    const [drawn] = this.environment.random(new Uint8Array(1))
-    this.environment.later(REOPEN_MS * (1 + (drawn ?? 0) / 256), () => {
-      const isOpen = this.openOnes.get(one.id) === one
-      if (isOpen && this.said.state === 'online' && one.replica.standing === 'detached') {
-        this.attach(one)
-      }
-    })
+    const isOpen = this.openOnes.get(one.id) === one
+    if (isOpen && this.said.state === 'online' && one.replica.standing === 'detached') {
+      this.attach(one)
+    }
   }
 
   private lost(): void {
@@ -336,6 +327,7 @@ class OpenClient implements Client, Host {
   }
 
   private async loadNow(id: string): Promise<OpenConversation> {
+    await this.closing.get(id) // what it kept last is to be read
     let kept = await this.store.load(id)
     const gone = await this.goneOf(kept.outbox.map(row => row.tab))
     if (gone.length > 0) {
@@ -392,7 +384,11 @@ class OpenClient implements Client, Host {
     this.listChanged()
   }
 
-  closed(one: OpenConversation): void {
+  closed(one: OpenConversation, kept: Promise<void>): void {
+    this.closing.set(one.id, kept)
+    void kept.finally(() => {
+      if (this.closing.get(one.id) === kept) this.closing.delete(one.id)
+    })
     if (this.openOnes.get(one.id) === one) this.openOnes.delete(one.id)
     this.background.delete(one.id)
   }

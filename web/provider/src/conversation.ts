@@ -58,15 +58,19 @@ export interface Host {
   readonly store: Store
   readonly tabs: Tabs
   send(frame: FromClient): void
-  /** Drop the connection and come back. */
-  fail(reason: string): void
   storeFailed(error: unknown): void
   /** Its title may be another. */
   changed(conversation: OpenConversation): void
-  /** The relay let go of the channel for now. */
+  /** Its channel is closed for now: open it again. */
   reopen(conversation: OpenConversation): void
-  closed(conversation: OpenConversation): void
+  /** It ends; what it keeps is kept once `kept` resolves. */
+  closed(conversation: OpenConversation, kept: Promise<void>): void
 }
+
+/** A channel that was closed for now is opened again after this. */
+const REOPEN_MS_MIN = 1_000
+/** The longest such pause. */
+const REOPEN_MS_MAX = 60_000
 
 const NOTHING_ASKED: SlotParams = {}
 
@@ -86,6 +90,7 @@ export class OpenConversation implements Conversation {
     null
   private oldViews = new Map<string, string[]>()
   private cancelResume: (() => void) | null = null
+  private reopened = 0
   private ended = false
 
   constructor(
@@ -124,7 +129,7 @@ export class OpenConversation implements Conversation {
         this.cancelResume?.()
         this.cancelResume = host.environment.later(ms, () => this.replica.resume())
       },
-      stuck: reason => host.fail(reason),
+      stuck: () => this.reopen(),
       changed: touched => this.collect(touched),
       rebuilt: () => this.collectAll(),
       status: () => this.tellStatus(),
@@ -151,7 +156,19 @@ export class OpenConversation implements Conversation {
   receive(frame: FromRelay): void {
     this.replica.receive(frame)
     if (frame.kind === 'opened') this.draft.reconnected()
-    if (frame.kind === 'closed' && this.replica.closed === null) this.host.reopen(this)
+    if (frame.kind === 'ack') this.reopened = 0
+    if (frame.kind === 'closed' && this.replica.closed === null) this.reopen()
+  }
+
+  /** Open the channel again, after a pause that doubles until a write was taken. */
+  private reopen(): void {
+    const { environment } = this.host
+    const [drawn] = environment.random(new Uint8Array(1))
+    const pause = Math.min(REOPEN_MS_MAX, REOPEN_MS_MIN * 2 ** this.reopened++)
+    this.cancelResume?.()
+    this.cancelResume = environment.later(pause * (1 + (drawn ?? 0) / 256), () =>
+      this.host.reopen(this)
+    )
   }
 
   // -- what listeners hear ---------------------------------------------------------------------
@@ -214,7 +231,7 @@ export class OpenConversation implements Conversation {
   }
 
   private currentStatus(): ConversationStatus {
-    const { standing, waiting, grant, behind, closed, document } = this.replica
+    const { standing, waiting, grant, behind, closed, problem, document } = this.replica
     const { principal } = this.host
     return {
       state: (
@@ -224,7 +241,7 @@ export class OpenConversation implements Conversation {
       grant: (principal === null ? null : document.grantOf(principal)) ?? grant,
       behind,
       code: closed?.code ?? null,
-      reason: closed?.reason ?? ''
+      reason: closed?.reason ?? problem
     }
   }
 
@@ -595,9 +612,10 @@ export class OpenConversation implements Conversation {
     this.cancelResume?.()
     this.draft.submitted()
     this.replica.close()
-    this.host.closed(this)
+    const kept = this.keeper.close()
+    this.host.closed(this, kept)
     this.listeners.tell('status', this.said) // whoever waits hears that it is over
-    await this.keeper.close()
+    await kept
   }
 }
 

@@ -58,7 +58,7 @@ export interface Port {
   settled(rows: readonly string[], refused: boolean): void
   /** Call {@link Replica.resume} after a while, unless detached before. */
   resumeIn(ms: number): void
-  /** The relay and this replica do not come together: drop the connection, come back later. */
+  /** The relay and this replica do not come together: it left the channel; open it again later. */
   stuck(reason: string): void
   /** The document changed. */
   changed(touched: Touched): void
@@ -97,6 +97,8 @@ export class Replica {
   behind = false
   /** Why the relay closed the channel for good; `null` if it did not. */
   closed: { code: number; reason: string } | null = null
+  /** Why what waits is not sent although the channel is open; `''` if all is well. */
+  problem = ''
   /** Whether the relay was heard of since this was opened. */
   heard = false
   readonly refused: RefusedRow[]
@@ -145,7 +147,10 @@ export class Replica {
     }
     this.tailBytes -= kept.updates[0]?.length ?? 0
     this.outbox = kept.outbox.filter(row => row.tab === tab)
-    for (const row of kept.outbox) this.sent.add(row.id) // maybe, by who left it
+    for (const row of kept.outbox) {
+      this.sent.add(row.id) // maybe, by who left it
+      this.lastOrder = Math.max(this.lastOrder, row.order)
+    }
     this.foreign = kept.outbox.filter(row => row.tab !== tab)
     this.document = this.build()
     this.count()
@@ -309,6 +314,7 @@ export class Replica {
     )
     if (this.alone || news.length === 0) return
     for (const row of news) {
+      this.lastOrder = Math.max(this.lastOrder, row.order) // what is written now comes after it
       if (!stands(this.document, row)) continue // it comes once it is acknowledged
       this.foreign.push(row)
       this.document.apply(row.update)
@@ -353,6 +359,7 @@ export class Replica {
   attach(channel: number): void {
     this.standing = 'opening'
     this.closed = null
+    this.problem = ''
     this.channel = channel
     this.nextId = 1
     this.flights = new Map()
@@ -413,7 +420,8 @@ export class Replica {
     this.grant = readGrant(frame.grant)
     this.behind = frame.behind
     if (!this.take(frame.update, { log: frame.log, lsn: frame.lsn })) {
-      return this.port.stuck('what the relay sent builds on what is not here')
+      this.cursor = null // then it tells what is missing by what is here
+      return this.giveUp('what the relay sent builds on what is not here')
     }
     const relay = decodeStateVector(frame.stateVector)
     if (!covers(relay, this.known)) this.restore(frame.stateVector)
@@ -580,8 +588,13 @@ export class Replica {
         this.behind = true
         return this.port.status()
       default:
-        if (flight.restore) return this.port.stuck(nack.reason)
-        return this.refuse(flight.rows, nack)
+        if (!flight.restore) return this.refuse(flight.rows, nack)
+        // It takes nothing else either then. What waits stays here, and is tried again with the next
+        // connection.
+        this.flights = new Map()
+        this.paused = true
+        this.problem = nack.reason
+        return this.port.status()
     }
   }
 
@@ -593,7 +606,14 @@ export class Replica {
       return this.flush()
     }
     if (this.gaps === 2) return this.sendUpdate([...this.outbox], this.document.diff(relay))
-    this.port.stuck('the relay still lacks something that is here')
+    this.giveUp('the relay still lacks something that is here')
+  }
+
+  private giveUp(reason: string): void {
+    this.problem = reason
+    this.send({ kind: 'leave', channel: this.channel })
+    this.detach()
+    this.port.stuck(reason)
   }
 
   /** These rows are refused for good. */

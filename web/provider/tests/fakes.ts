@@ -1,6 +1,8 @@
 /** Time that passes when a test says so, and randomness that repeats. */
 
+import type { SocketLike } from '../src/connection.js'
 import type { Environment } from '../src/environment.js'
+import { decodeFromClient, encode, type FromClient, type FromRelay } from '../src/frames.js'
 
 export class FakeTime implements Environment {
   private at = 1_000_000
@@ -45,5 +47,46 @@ export class FakeTime implements Environment {
   get next(): number | null {
     const due = this.timers.map(one => one.at)
     return due.length === 0 ? null : Math.min(...due) - this.at
+  }
+}
+
+/** A socket whose other end is the test. */
+export class FakeSocket implements SocketLike {
+  binaryType = 'blob'
+  onopen: SocketLike['onopen'] = null
+  onmessage: SocketLike['onmessage'] = null
+  onclose: SocketLike['onclose'] = null
+  onerror: SocketLike['onerror'] = null
+  readonly sent: FromClient[] = []
+  closed = false
+
+  constructor(
+    readonly url: string,
+    readonly protocol: string
+  ) {}
+
+  send(data: Uint8Array): void {
+    this.sent.push(decodeFromClient(data))
+  }
+
+  close(): void {
+    this.closed = true
+  }
+
+  /** The line is up. */
+  up(): void {
+    this.onopen?.(undefined as never)
+  }
+
+  say(...frames: FromRelay[]): void {
+    for (const frame of frames) this.sayBytes(encode(frame))
+  }
+
+  sayBytes(bytes: Uint8Array): void {
+    this.onmessage?.({ data: bytes.slice().buffer as never })
+  }
+
+  end(code: number, reason = ''): void {
+    this.onclose?.({ code, reason })
   }
 }

@@ -376,6 +376,8 @@ describe('a gap', () => {
     expect(other.relayTexts).toEqual(['text 1', 'text 2'])
     world.refuse(bundle, 'gap')
     expect(world.told.stuck).not.toBe('')
+    expect(world.sent.at(-1)).toEqual({ kind: 'leave', channel: 1 })
+    expect(world.replica.waiting).toBe(2)
   })
 
   it('after which everything is refused at once lets each be judged alone', () => {
@@ -413,6 +415,27 @@ it('gives a relay back what it lost, and then sends what is new', () => {
   expect(world.sent.map(one => one.kind)).toEqual(['restore', 'presence', 'update'])
   for (const one of [restore, update]) lost.relay.apply((one as Update).update)
   expect(lost.relayTexts).toEqual(['text 1', 'text 2'])
+})
+
+it('keeps what waits when a relay does not take back what it lost', () => {
+  const world = new World()
+  world.open()
+  world.say(1)
+  world.take(at(world.updates, 0))
+  world.replica.detach()
+  world.say(2)
+  const lost = new World()
+  world.relay.destroy()
+  Object.assign(world, { relay: lost.relay, lsn: 0 })
+  world.sent.length = 0
+  world.open('another log')
+  const [restore, , update] = world.sent
+  world.refuse(restore as Update, 'invalid')
+  world.refuse(update as Update, 'gap')
+  expect(world.replica).toMatchObject({ waiting: 1, problem: 'because', standing: 'open' })
+  expect(world.replica.refused).toEqual([])
+  world.say(3)
+  expect(world.updates).toHaveLength(1)
 })
 
 describe('what was withdrawn', () => {

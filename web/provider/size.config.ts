@@ -1,0 +1,13 @@
+/** Builds the package as a page would have it, to see what it weighs: `npm run size`. */
+
+import { defineConfig } from 'vite'
+
+export default defineConfig({
+  build: {
+    outDir: 'dist/size',
+    emptyOutDir: true,
+    lib: { entry: 'src/index.ts', formats: ['es'] },
+    minify: 'oxc',
+    reportCompressedSize: true
+  }
+})
