@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from contextlib import AsyncExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from filelock import FileLock, Timeout
@@ -28,10 +29,10 @@ from crdt_llm.sync.hub import Hub
 from crdt_llm.sync.leases import LeaseOffice
 from crdt_llm.sync.native_peer import RelayIdentity
 from crdt_llm.sync.relay import Relay
+from crdt_llm.sync.static_page import StaticPage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from crdt_llm.inference.node import Node
 
@@ -40,6 +41,7 @@ logger = logging.getLogger("crdt_llm.cli")
 
 # The writer of the log is a thread: it gets the interpreter back from a busy event loop this soon.
 SWITCH_INTERVAL_S: Final = 0.001
+BUILT_PAGE: Final = Path(__file__).parent.parent / "web"
 KEYS: Final = ("relay", "node", "master")
 
 
@@ -93,6 +95,14 @@ def _line(text: str) -> None:
 def now_ms() -> int:
     """Wall time, ms since 1970."""
     return time.time_ns() // 1_000_000
+
+
+def _built_page() -> StaticPage | None:
+    """The page that came with the package; a source tree where nobody had npm has none."""
+    if (BUILT_PAGE / "index.html").exists():
+        return StaticPage(BUILT_PAGE)
+    _line("the page is not built (`make install` does, with npm): a plain one is served")
+    return None
 
 
 def _loopback_url(host: str, port: int) -> str:
@@ -166,6 +176,7 @@ async def serve(folder: DataFolder, *, host: str, port: int, model_dir: Path | N
             is_valid=authority.is_valid,
             identity=RelayIdentity(relay_key.public, log.log_id),
             leases=office,
+            built_page=_built_page(),
             node_problem=None if node is None else lambda: node.problem,
         )
         # Last in, first out: the node leaves its seats before the rooms close behind it.
