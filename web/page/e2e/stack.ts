@@ -83,7 +83,7 @@ export class Stack {
 
   /** The operator's key for hidden fields, as hexadecimal digits. */
   get masterKey(): string {
-    return readFileSync(join(this.data, 'keys/master.key')).toString('utf8').trim()
+    return readFileSync(join(this.data, 'keys/master.key')).toString('hex')
   }
 
   get messages(): string {

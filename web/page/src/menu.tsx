@@ -74,8 +74,9 @@ export function Menu({ label, items }: { label: string; items: readonly MenuItem
             <button
               key={item.label}
               type="button"
-              role={item.checked === undefined ? 'menuitem' : 'menuitemcheckbox'}
-              aria-checked={item.checked}
+              {...(item.checked === undefined
+                ? { role: 'menuitem' }
+                : { role: 'menuitemcheckbox', 'aria-checked': item.checked })}
               tabIndex={-1}
               class={item.danger ? 'danger' : undefined}
               onClick={() => {

@@ -19,6 +19,10 @@ export const active = signal('')
 /** The entry that is being edited. */
 export const editing = signal('')
 
+export function edit(entry: string): void {
+  editing.value = entry
+}
+
 export const elementIdOf = (entry: string): string => `entry-${entry}`
 
 const ROLE_NAMES = { system: 'System', user: 'You', assistant: 'Reply', tool: 'Tool' } as const
@@ -58,6 +62,7 @@ function Siblings({ live, entry }: { live: LiveConversation; entry: string }): J
   const index = ids.indexOf(entry)
   const look = (to: number): void => lookAtSibling(live, entry, to)
   return (
+    // biome-ignore lint/a11y/useSemanticElements: a fieldset is for forms
     <span class="siblings" role="group" aria-label={`Version ${index + 1} of ${ids.length}`}>
       <button
         type="button"
@@ -196,9 +201,7 @@ function Actions({
           aria-label="Edit as a new branch"
           title="Edit as a new branch"
           tabIndex={tab}
-          onClick={() => {
-            editing.value = id
-          }}
+          onClick={() => edit(id)}
         >
           <Icon name="edit" />
         </button>

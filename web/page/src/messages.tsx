@@ -11,7 +11,7 @@ import { announce } from './announcer'
 import { copyText } from './copy'
 import { Icon } from './icons'
 import type { LiveConversation } from './live'
-import { active, editing, elementIdOf, lookAtSibling, Message } from './message'
+import { active, edit, editing, elementIdOf, lookAtSibling, Message } from './message'
 import { attempt } from './notices'
 import { openWithdraw } from './overlays'
 
@@ -96,7 +96,7 @@ function onKey(event: KeyboardEvent, live: LiveConversation, focusOn: Focus): vo
     c: () =>
       void copyText(entry?.content ?? '').then(done => announce(done ? 'Copied' : 'Not copied')),
     ...(writes && entry?.born.role === 'user' && entry.standing !== 'redacted'
-      ? { e: () => void (editing.value = id) }
+      ? { e: () => edit(id) }
       : {}),
     ...(writes && entry?.isSlot
       ? { r: () => void attempt('Not asked again', () => live.on.regenerate(id)) }

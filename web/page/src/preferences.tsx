@@ -39,7 +39,6 @@ export function SettingsForm({ client }: { client: LiveClient }): JSX.Element {
       <label class="switch">
         <input
           type="checkbox"
-          role="switch"
           checked={hints.value === 'on'}
           onChange={event => {
             hints.value = event.currentTarget.checked ? 'on' : 'off'
