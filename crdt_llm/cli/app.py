@@ -403,6 +403,31 @@ def export(
     )
 
 
+@app.command("import", cls=Command, epilog="Example: crdt-llm import talk.yjs")
+def import_(
+    file: Annotated[Path, typer.Argument(help="What `export` wrote, as a document.")],
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust", help="Take a conversation that this relay has never known, or forgot."
+        ),
+    ] = False,
+    data: _Data = None,
+    json: _Json = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Bring a conversation back from a file, hidden fields included.
+
+    While no relay serves the data folder. What the file says is believed as far as it proves
+    itself; what was taken without proof is listed.
+    """
+    from crdt_llm.cli.folders import DataFolder  # noqa: PLC0415 - see the module's docstring
+    from crdt_llm.cli.import_ import run_import  # noqa: PLC0415 - as above
+
+    _log(verbose=verbose)
+    run_import(file, folder=DataFolder.named(data), trust=trust, json=json)
+
+
 @app.command(cls=Command, epilog="Example: crdt-llm conformance http://127.0.0.1:8765/")
 def conformance(
     url: Annotated[str, typer.Argument(metavar="URL", help="The endpoint's address.")],

@@ -26,6 +26,7 @@ COMMANDS = (
     "inspect",
     "replay",
     "export",
+    "import",
     "conformance",
     "model fetch",
     "token issue",
