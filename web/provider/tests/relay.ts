@@ -14,7 +14,13 @@ import {
   type SocketLike
 } from '../src/index.js'
 
-const path = (relative: string): string => fileURLToPath(new URL(relative, import.meta.url))
+/** The Python that has the relay. */
+export const PYTHON =
+  process.env.CRDT_LLM_PYTHON ??
+  fileURLToPath(new URL('../../../.venv/bin/python', import.meta.url))
+
+/** A path beside this file. */
+export const path = (relative: string): string => fileURLToPath(new URL(relative, import.meta.url))
 
 export class Relay {
   private process: ChildProcess | null = null
@@ -27,11 +33,10 @@ export class Relay {
       this.remove()
       this.folder = mkdtempSync(join(tmpdir(), 'crdt-llm-provider-'))
     }
-    const process = spawn(
-      path('../../../.venv/bin/python'),
-      [path('relay.py'), this.folder, String(this.port)],
-      { stdio: ['pipe', 'pipe', 'inherit'], cwd: path('../../..') }
-    )
+    const process = spawn(PYTHON, [path('relay.py'), this.folder, String(this.port)], {
+      stdio: ['pipe', 'pipe', 'inherit'],
+      cwd: path('../../..')
+    })
     this.process = process
     for await (const line of createInterface({ input: process.stdout })) {
       this.port = Number(line.split(' ')[1])
