@@ -61,6 +61,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from crdt_llm.document.conversation import ACCESS, ENTRIES, LEASES, META
@@ -231,16 +232,16 @@ class _Check:
         self._conversation = conversation
         self._conversation_id = conversation_id
         self._author = author
-        self._right: Grant | None = None  # the principal's
-        self._grant: Grant | None = None  # what is left of it under the author's token
+        self._owner = ""
 
     def run(self) -> None:
         by_root: dict[str, list[Edit]] = {META: [], ACCESS: [], LEASES: [], ENTRIES: []}
         for edit in self._change.edits:
             by_root[edit.root].append(edit)
         birth = self._birth(by_root[META])
-        self._grant = self._grant_before(birth, by_root[ACCESS])
-        may_write = self._is_writer() or self._author.node or self._is_leaving()
+        self._owner = birth.owner
+        # The node first: it writes most, and what it may do depends on no right.
+        may_write = self._author.node or self._is_writer() or self._is_leaving()
         if not may_write:  # C3
             raise Forbidden("forbidden", "you may not write in this conversation")
         for edit in by_root[META]:
@@ -285,21 +286,23 @@ class _Check:
         return birth
 
     def _is_ours(self, birth: Birth) -> bool:
-        return id_of(birth) == self._conversation_id
+        return _id_of(birth) == self._conversation_id
 
-    def _grant_before(self, birth: Birth, edits: list[Edit]) -> Grant | None:
-        """What the author might do before the change, which may be about just that."""
-        self._right = self._right_before(birth, edits)
-        return self._author.bounded(self._right)
-
-    def _right_before(self, birth: Birth, edits: list[Edit]) -> Grant | None:
+    @cached_property
+    def _right(self) -> Grant | None:
+        """What the principal might do before the change, which may be about just that."""
         principal = self._author.principal
-        if birth.owner == principal:
+        if self._owner == principal:
             return Grant.OWNER
-        for edit in edits:
-            if edit.key == principal and not edit.path:
+        for edit in self._change.edits:
+            if edit.root == ACCESS and edit.key == principal and not edit.path:
                 return _grant(edit.old)
         return self._conversation.grant_of(principal)
+
+    @cached_property
+    def _grant(self) -> Grant | None:
+        """What is left of that under the author's token."""
+        return self._author.bounded(self._right)
 
     def _is_writer(self) -> bool:
         return self._grant in {Grant.OWNER, Grant.WRITER}
@@ -627,9 +630,7 @@ class _Check:
             "growth",
             "a reply grows only while it streams",
         )
-        _need(
-            not self._conversation.has(one.id, "redacted"), "growth", "a redacted reply stays empty"
-        )
+        _need(not self._conversation.is_redacted(one.id), "growth", "a redacted reply stays empty")
         length = self._conversation.text_bytes(one.id)
         if length > TEXT_BYTES_MAX:
             raise TooLarge("too-large", f"a text has at most {TEXT_BYTES_MAX} bytes")
@@ -668,6 +669,9 @@ class _Check:
         if "usage" in written:
             _need(isinstance(written["usage"], dict), "node-field", "usage is a map")
             _need(state in ENDED, "node-field", "usage is written at the end")
+
+
+_id_of = lru_cache(maxsize=1024)(id_of)  # the same few births, asked for with each token
 
 
 def _need(holds: bool, code: str, reason: str) -> None:  # noqa: FBT001 - reads as a sentence

@@ -48,6 +48,11 @@ def reconciled(row: Row, conversation: Conversation) -> Row:
     return _with_tips(row, leaves(conversation))
 
 
+def concerns(change: Change) -> bool:
+    """Whether a change may touch a fact of the row; a token of a reply never does."""
+    return any(edit.root != ENTRIES or len(edit.path) <= 1 for edit in change.edits)
+
+
 def follow(row: Row, change: Change, conversation: Conversation) -> Row:
     """The row after a change; the same object if the change touched none of its facts."""
     placed: dict[str, str] = {}

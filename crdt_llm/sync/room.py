@@ -952,6 +952,8 @@ class Room:
             row = ledger.first_row(replica)
         else:
             for _, change in batch.accepted:
+                if not ledger.concerns(change):
+                    continue
                 row = ledger.follow(row, change, replica)
                 if ledger.withdraws(change):
                     row = replace(row, scrub_owed=True)

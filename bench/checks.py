@@ -1,0 +1,205 @@
+"""What checking costs: the relay's time for a token of a stream, with its checks and without.
+
+A node writes tokens into a room of this process, one update each, and four readers take them as
+frames, as over sockets. Each update is committed to a log on this disk. What counts is the CPU time
+of the event loop's thread: that is what a relay runs out of first. Rounds with and without checks
+take turns in one run, on rooms that are alike, and of each the median counts; so the ratio holds on
+any machine, while the times drift.
+
+Without checks an update is applied as it comes, committed and delivered. With checks its structure
+is read and searched before, its meaning judged after, and its facts are compared with the
+register's. The bar: checks are at most 40 % of the relay's time.
+
+    python bench/checks.py [--rounds 15] [--tokens 400]
+
+The last line is the result as JSON; the exit code is 0 only within the bar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import secrets
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from crdt_llm.document.chain import lease_message
+from crdt_llm.document.conversation import Conversation
+from crdt_llm.document.keys import SigningKey
+from crdt_llm.document.schema import (
+    NONCE_BYTES,
+    ROOT,
+    SCHEMA_VERSION,
+    Birth,
+    Born,
+    Place,
+    Role,
+    State,
+    conversation_id,
+    entry_id,
+)
+from crdt_llm.store.register import SqliteRegister
+from crdt_llm.store.sqlite import SqliteLog
+from crdt_llm.sync import hub as hub_module
+from crdt_llm.sync.hub import Hub
+from crdt_llm.sync.peer import RemotePeer
+from crdt_llm.sync.room import Room
+from crdt_llm.sync.verdict import Committed
+from crdt_llm.sync.wire import SyncStep1, SyncStep2, encode
+
+if TYPE_CHECKING:
+    from crdt_llm.document.conversation import Writer
+    from crdt_llm.document.rules import Author
+    from crdt_llm.sync.hub import Membership
+    from crdt_llm.sync.room import Submission, _Batch, _Seat
+    from crdt_llm.sync.verdict import Verdict
+
+READERS: Final = 4
+WARM_TOKENS: Final = 50
+BAR: Final = 0.40
+OWNER: Final = "owner"
+EMPTY_UPDATE: Final = b"\x00\x00"
+
+
+class UncheckedRoom(Room):
+    """A room that believes everything; only for this comparison."""
+
+    async def _judge(
+        self, seat: _Seat, submission: Submission, author: Author, batch: _Batch
+    ) -> Verdict:
+        del author
+        change = self._loaded_replica().apply(submission.update)
+        batch.accepted.append((seat, change))
+        return Committed(0)
+
+    async def _note(self, batch: _Batch) -> None:
+        """Keep no register, but for the row that a lease needs."""
+        if self._row is None:
+            await super()._note(batch)
+
+
+@dataclass(slots=True)
+class Stream:
+    """One room, its node, and its readers."""
+
+    replica: Conversation
+    slot: str
+    node: Membership
+    readers: list[RemotePeer]
+
+    @classmethod
+    async def open(cls, hub: Hub, key: SigningKey, room: type[Room]) -> Stream:
+        """Make a conversation with a slot, and begin its reply."""
+        vars(hub_module)["Room"] = room
+        birth = Birth(OWNER, secrets.token_bytes(NONCE_BYTES))
+        conversation, at_ms = conversation_id(birth), time.time_ns() // 1_000_000
+        slot = entry_id(at_ms, secrets.token_bytes(10))
+        author = Conversation(_client_id())
+        with author.writing() as writer:
+            writer.give_birth(birth, SCHEMA_VERSION)
+            writer.add(slot, Born(Role.ASSISTANT, OWNER, "bench", at_ms, 1))
+        asking = await hub.join(conversation, OWNER, deliver=lambda _: None)
+        await asking.submit(author.diff())
+        node = await hub.join(conversation, "node", node=True, deliver=lambda _: None)
+        epoch = await hub.grant_epoch(conversation, key.public)
+        node.author = replace(node.author, epoch=epoch)
+        replica = Conversation(_client_id(), seal_client_id=_client_id(), update=node.state)
+        with replica.writing() as writer:
+            message = lease_message(conversation, epoch, key.public)
+            writer.add_lease(epoch, key.public, key.sign(message))
+            writer.place(slot, Place(ROOT, epoch))
+            writer.state(slot, State.STREAMING)
+            writer.open_reply(slot)
+        await node.submit(_written(writer))
+        readers = []
+        for _ in range(READERS):
+            reader = RemotePeer(OWNER, lambda: None)
+            await hub.enter(conversation, reader)
+            await reader.receive(encode(SyncStep1(replica.state_vector())))
+            await reader.receive(encode(SyncStep2(EMPTY_UPDATE)))
+            readers.append(reader)
+        stream = cls(replica, slot, node, readers)
+        await asyncio.sleep(0.05)  # the readers' own turns
+        await stream.run(WARM_TOKENS)
+        return stream
+
+    async def run(self, tokens: int) -> float:
+        """Write tokens; the loop's CPU time for each, in us."""
+        updates = []
+        for _ in range(tokens):
+            with self.replica.writing() as writer:
+                writer.append_text(self.slot, "abcd")
+            updates.append(_written(writer))
+        delivered = 0
+        start = time.thread_time()
+        for update in updates:
+            await self.node.submit(update)
+            for reader in self.readers:
+                while reader.take() is not None:
+                    delivered += 1
+        spent = time.thread_time() - start
+        if delivered < tokens * READERS:
+            raise RuntimeError("a reader did not get every token: this measures something else")
+        return spent / tokens * 1e6
+
+
+def _written(writer: Writer) -> bytes:
+    if writer.change is None:
+        raise RuntimeError("nothing was written")
+    return writer.change.update
+
+
+def _client_id() -> int:
+    return secrets.randbelow(2**32 - 1) + 1
+
+
+async def measure(folder: Path, rounds: int, tokens: int) -> dict[str, float]:
+    """Run the rounds; the medians in us and what of it are the checks."""
+    key = SigningKey(secrets.token_bytes(32))
+    log = await SqliteLog.open(folder / "log.db")
+    register = await SqliteRegister.open(folder / "register.db")
+    hub = Hub(log, register=register, relay_key=key.public)
+    checked = await Stream.open(hub, key, Room)
+    unchecked = await Stream.open(hub, key, UncheckedRoom)
+    vars(hub_module)["Room"] = Room
+    on, off = [], []
+    for _ in range(rounds):
+        on.append(await checked.run(tokens))
+        off.append(await unchecked.run(tokens))
+    await hub.close()
+    await log.close()
+    await register.close()
+    with_checks, without = statistics.median(on), statistics.median(off)
+    return {
+        "with_checks_us": round(with_checks, 1),
+        "without_us": round(without, 1),
+        "checks_us": round(with_checks - without, 1),
+        "share": round(1 - without / with_checks, 3),
+    }
+
+
+def main() -> int:
+    """Measure, print, and say whether it is within the bar."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=400)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = asyncio.run(measure(Path(folder), arguments.rounds, arguments.tokens))
+    print(f"{'a token, four readers':<28}{'us of the event loop':>22}")
+    print(f"{'with checks':<28}{found['with_checks_us']:>22}")
+    print(f"{'without':<28}{found['without_us']:>22}")
+    print(f"{'the checks':<28}{found['checks_us']:>22}  = {found['share']:.0%} of it")
+    print(f"{'the bar':<28}{'':>22}    {BAR:.0%}")
+    print(json.dumps({"bench": "checks", "readers": READERS, "bar": BAR, **found}))
+    return 0 if found["share"] <= BAR else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
