@@ -20,6 +20,16 @@ class PrefillAccount:
     def __init__(self) -> None:
         self._known: dict[str, int] = {}  # entry -> its first tokens whose KV has been computed
         self._unpaid: dict[str, int] = {}  # entry -> tokens computed and not yet charged
+        self._claims: dict[str, tuple[int, int]] = {}  # entry -> its tokens that a draft may have
+        self._drafted: dict[str, int] = {}  # entry -> tokens of the unpaid ones that a draft had
+
+    def claim(self, entry: str, first: int, last: int) -> None:
+        """A draft may have computed the tokens ``[first, last)`` of an entry.
+
+        Those of them that are resident when the entry's path is computed next were computed by it;
+        those before ``first`` were computed for somebody else.
+        """
+        self._claims[entry] = first, last
 
     def computed(self, path: Iterable[tuple[str, int]], *, reused: int, prompt: int) -> None:
         """The KV of the first ``prompt`` tokens of a path is there, ``reused`` of them was.
@@ -33,6 +43,7 @@ class PrefillAccount:
             prompt: tokens that are resident now.
         """
         spans = list(path)
+        self._settle_claims(spans, reused)
         known = self._known_prefix(spans) if self._known else reused
         begin, offset = min(known, reused), 0
         for entry, tokens in spans:
@@ -47,9 +58,25 @@ class PrefillAccount:
         """The first ``tokens`` tokens of a reply are resident, computed while it was sampled."""
         self._known[entry] = max(self._known.get(entry, 0), tokens)
 
-    def charge(self, path: Iterable[str]) -> int:
-        """The tokens computed on a path and not charged yet; they are now."""
-        return sum(self._unpaid.pop(entry, 0) for entry in path)
+    def charge(self, path: Iterable[str]) -> tuple[int, int]:
+        """The tokens computed on a path and not charged yet; they are now.
+
+        Returns:
+            All of them, and how many of these a draft had computed.
+        """
+        entries = list(path)
+        unpaid = sum(self._unpaid.pop(entry, 0) for entry in entries)
+        return unpaid, sum(self._drafted.pop(entry, 0) for entry in entries)
+
+    def _settle_claims(self, spans: Iterable[tuple[str, int]], reused: int) -> None:
+        offset = 0
+        for entry, tokens in spans if self._claims else ():
+            first, last = self._claims.pop(entry, (0, 0))
+            drafted = min(last, tokens, reused - offset) - first
+            if drafted > 0:
+                self._known[entry] = max(self._known.get(entry, 0), first)
+                self._drafted[entry] = self._drafted.get(entry, 0) + drafted
+            offset += tokens
 
     def _known_prefix(self, spans: Iterable[tuple[str, int]]) -> int:
         total = 0

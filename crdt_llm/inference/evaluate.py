@@ -19,6 +19,7 @@ I6. A slot is admitted when its prompt is fixed and an engine can start on it; u
 I7. What was admitted and not yet read is prefilled when nothing else is to do.
 I8. What was withdrawn leaves nothing behind. As soon as no reply runs that read it, the engine
     forgets it; what was written beside the withdrawal is deleted; a summary of it is withdrawn too.
+I9. A draft is read when nothing else is to do, in the whole node.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Situation:
         withdrawn: whether there is something that an engine is to forget, and can be told to.
         leftovers: withdrawn entries that hold what they should not hold any more.
         spoiled: summaries of ours that stand for something that was withdrawn.
+        dropped: whether an engine is to forget what was read of drafts, and can be told to.
+        draft: whether a draft can be read now.
     """
 
     tree: Tree
@@ -67,6 +70,8 @@ class Situation:
     withdrawn: bool = False
     leftovers: tuple[str, ...] = ()
     spoiled: tuple[str, ...] = ()
+    dropped: bool = False
+    draft: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +139,12 @@ class Warm:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Have the engine forget what was withdrawn."""
+    """Have the engine forget what was withdrawn, and what was read of drafts in vain."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadDraft:
+    """Read what somebody is typing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +162,18 @@ class Withdraw:
 
 
 Action = (
-    Nothing | TakeLease | End | Mark | Resume | Admit | Request | Warm | Forget | Clear | Withdraw
+    Nothing
+    | TakeLease
+    | End
+    | Mark
+    | Resume
+    | Admit
+    | Request
+    | Warm
+    | Forget
+    | Clear
+    | Withdraw
+    | ReadDraft
 )
 
 
@@ -162,7 +183,9 @@ def evaluate(situation: Situation) -> Action:  # noqa: C901, PLR0911 - one branc
     if situation.withdrawn and not _is_misread(situation):  # I8
         return Forget()
     if not situation.leased:  # I1
-        return TakeLease() if waiting or _has_something_to_write(situation) else Nothing()
+        if waiting or _has_something_to_write(situation):
+            return TakeLease()
+        return _to_read(situation)
     if (ending := _to_end(situation)) is not None:  # I2
         return End(ending)
     if situation.leftovers:  # I8
@@ -179,9 +202,15 @@ def evaluate(situation: Situation) -> Action:  # noqa: C901, PLR0911 - one branc
         return admit
     if situation.unanswered:
         return Request(situation.unanswered[0])
+    return _to_read(situation)
+
+
+def _to_read(situation: Situation) -> Action:
+    if situation.dropped:
+        return Forget()
     if situation.cold is not None:  # I7
         return Warm(situation.cold)
-    return Nothing()
+    return ReadDraft() if situation.draft else Nothing()  # I9
 
 
 def _has_something_to_write(situation: Situation) -> bool:
@@ -252,6 +281,7 @@ __all__ = [
     "Forget",
     "Mark",
     "Nothing",
+    "ReadDraft",
     "Request",
     "Resume",
     "Situation",

@@ -117,7 +117,9 @@ class Generation:
         opening = (f"{parent}/opening", len(self.reply.hidden.injected))
         path = (*spans, opening)
         self._work.account.computed(path, reused=reused, prompt=prompt)
-        self.reply.prefilled += self._work.account.charge(name for name, _ in path)
+        prefilled, drafted = self._work.account.charge(name for name, _ in path)
+        self.reply.prefilled += prefilled
+        self.reply.drafted += drafted
 
     def _flush(self) -> None:
         """Write what waits, unless the last flush is still on its way; again after a window."""

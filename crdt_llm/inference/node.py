@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Final
 
 from crdt_llm.errors import CrdtLlmError, Unavailable
 from crdt_llm.inference.desk import RETRY_FIRST_S, RETRY_MAX_S, Desk
+from crdt_llm.inference.drafts import Drafts, Tally
 from crdt_llm.inference.fed import Fed
 from crdt_llm.inference.turns import Turns
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
     from crdt_llm.inference.engine import Engine
     from crdt_llm.inference.prompt import Renderer
     from crdt_llm.inference.reply import Identity
@@ -28,6 +31,7 @@ logger = logging.getLogger("crdt_llm.inference")
 
 REPLIES_MAX: Final = 8  # running at once: each holds a whole KV path in memory
 DESKS_MAX: Final = 1000  # replicas in memory; the least recently used idle one leaves first
+LINGER_S: Final = 2.0  # what was read of a draft that is over waits so long for what was sent
 FED_MAX: Final = 2 * DESKS_MAX  # conversations of which is known what an engine was given
 
 
@@ -58,6 +62,10 @@ class Node:
         self._running = 0
         self._desks: dict[str, tuple[Desk, asyncio.Task[None]]] = {}
         self._fed: dict[str, Fed] = {}
+        self.drafted = Tally()
+        self._drafts: dict[str, Drafts] = {}
+        self._reading = 0  # admitted paths that are read ahead
+        self._until_rest: set[Callable[[], None]] = set()
         self._restarting: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -136,12 +144,76 @@ class Node:
         """So many more (or fewer) replies run; whoever waited for room has a look."""
         waited = self.capacity == 0
         self._running += change
+        self._come_to_rest()
         if waited and self.capacity:
             self._wake_all()
 
     def _wake_all(self) -> None:
         for desk, _ in self._desks.values():
             desk.wake()
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a reply runs or an admitted path is read, in any conversation."""
+        return self._running > 0 or self._reading > 0
+
+    def read_ahead(self, change: int) -> None:
+        """So many more (or fewer) admitted paths are being read."""
+        self._reading += change
+        self._come_to_rest()
+
+    def call_at_rest(self, wake: Callable[[], None]) -> None:
+        """Call ``wake`` once, when nothing admitted is at work any more."""
+        self._until_rest.add(wake)
+
+    def _come_to_rest(self) -> None:
+        if not self.is_at_work:
+            waiting, self._until_rest = self._until_rest, set()
+            for wake in waiting:
+                wake()
+
+    # -- drafts --------------------------------------------------------------------------------
+
+    def hint(
+        self, conversation: str, source: Hashable, *, after: str | None, keep: int, text: str
+    ) -> None:
+        """Somebody is typing: what they have may be read before they send it.
+
+        Nothing of it is stored or logged, and it yields to everything that was admitted.
+
+        Args:
+            conversation: its id.
+            source: tells drafts of one conversation apart.
+            after: the entry that it will be written after, ``""`` for none; ``None`` when nobody
+                types there any more.
+            keep: how many UTF-8 bytes of the draft before stay.
+            text: what follows them.
+        """
+        if self._closed or (after is None and conversation not in self._drafts):
+            return
+        drafts = self.drafts(conversation)
+        drafts.hint(source, after, keep, text)
+        if source not in drafts.waiting:
+            # What was read may just have been sent: it stays until that must have arrived.
+            loop = asyncio.get_running_loop()
+            loop.call_later(LINGER_S, self._drop_draft, conversation, source)
+        self.notice(conversation)
+
+    def _drop_draft(self, conversation: str, source: Hashable) -> None:
+        drafts = self._drafts.get(conversation)
+        if drafts is None or self._closed:
+            return
+        drafts.drop(source, if_ended=True)
+        if drafts.drops:
+            self.notice(conversation)
+
+    def drafts(self, conversation: str) -> Drafts:
+        """What is being typed in a conversation; the least recently used one is dropped."""
+        drafts = self._drafts.pop(conversation, None) or Drafts(self.drafted)
+        self._drafts[conversation] = drafts
+        for name in list(self._drafts)[: max(0, len(self._drafts) - DESKS_MAX)]:
+            del self._drafts[name]
+        return drafts
 
     def fed(self, conversation: str) -> Fed:
         """What engines were given of a conversation; the least recently used one is forgotten."""
@@ -156,6 +228,8 @@ class Node:
         if self.engine is not engine or self._closed:
             return
         self.engine, self.problem = None, "the engine died and is being restarted"
+        for drafts in self._drafts.values():
+            drafts.lose()
         logger.warning("the engine died; starting another one")
         self._restarting = asyncio.create_task(self._restart(engine), name="engine restart")
 

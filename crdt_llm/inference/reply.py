@@ -116,8 +116,8 @@ class Reply:
     chunk: int = 0
     waiting_text: str = ""
     waiting: list[tuple[int, float]] = field(default_factory=list)
-    drafted: int = 0
     prefilled: int = 0
+    drafted: int = 0
     asked_at_ms: int | None = None
     first_at_ms: int | None = None
     misled: bool = False
@@ -301,7 +301,7 @@ class Reply:
         return Usage(
             prompt=len(self.prompt),
             prefilled=min(self.prefilled, len(self.prompt)),
-            drafted=self.drafted,
+            drafted=min(self.drafted, self.prefilled, len(self.prompt)),
             sampled=len(self.hidden.sampled),
             ttft_ms=None if asked is None or first is None else first - asked,
             total_ms=None if asked is None else now_ms - asked,

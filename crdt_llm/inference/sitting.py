@@ -24,7 +24,7 @@ from crdt_llm.errors import (
     RemoteMisuse,
     Unavailable,
 )
-from crdt_llm.inference.ahead import Ahead
+from crdt_llm.inference.ahead import Ahead, Reader
 from crdt_llm.inference.evaluate import (
     Admit,
     Clear,
@@ -32,6 +32,7 @@ from crdt_llm.inference.evaluate import (
     Forget,
     Mark,
     Nothing,
+    ReadDraft,
     Request,
     Resume,
     TakeLease,
@@ -78,14 +79,13 @@ class Trouble:
     message: str
 
 
-class Shared(Protocol):
+class Shared(Reader, Protocol):
     """What the desks of one node share."""
 
     surroundings: Surroundings
     renderer: Renderer
     vocabulary: Vocabulary
     identity: Identity
-    engine: Engine | None
     turns: Turns
 
     @property
@@ -95,10 +95,6 @@ class Shared(Protocol):
 
     def occupy(self, change: int) -> None:
         """So many more (or fewer) replies run."""
-        ...
-
-    def lost_engine(self, engine: Engine) -> None:
-        """An engine died under somebody's hands."""
         ...
 
     def fed(self, conversation: str) -> Fed:
@@ -182,7 +178,13 @@ class Sitting:
             cold=self._ahead.cold if at_rest else None,
         )
         withdrawn = situation.withdrawn or bool(self._fed.drops)
-        return replace(situation, withdrawn=ready and withdrawn)
+        return replace(
+            situation,
+            withdrawn=ready and withdrawn,
+            # Not beside a reply: it may stand on rows that a draft shares with it.
+            dropped=at_rest and bool(shared.drafts(self._id).drops),
+            draft=at_rest and self._ahead.draft,
+        )
 
     async def _do(self, action: Action) -> None:
         match action:
@@ -198,6 +200,8 @@ class Sitting:
                 await self._admit(action)
             case Warm(entry):
                 self._ahead.start(entry)
+            case ReadDraft():
+                self._ahead.start_draft()
             case Forget():
                 await self._forget()
             case Mark() | Request() | Clear() | Withdraw():
@@ -247,13 +251,16 @@ class Sitting:
     async def _admit(self, action: Admit) -> None:
         last = action.entries[-1] if action.entries else action.parent
         slot = action.slot
+        if await self._ahead.give_way(action.parent, last, to_reply=slot is not None):
+            return  # others were let go on: decide anew
         if slot is None:
+            self._ahead.admitted(action.parent, action.entries)
             self._ahead.plan(last)
             await self.work.write(self._place(action)[1])
             return
         try:
             if await self.work.transcript.load(last, self._positions()):
-                return  # others were let go on: decide anew
+                return  # as above
             digest, place_entries = self._place(action)
             where = Where(self._id, slot, digest, self.work.epoch, 0)
             generation = self._prepare(slot, last, where)
@@ -269,6 +276,7 @@ class Sitting:
             writer.state(slot, State.STREAMING)
             _mark(writer, action.superseded, State.SUPERSEDED)
 
+        self._ahead.admitted(action.parent, action.entries)
         generation.reply.asked_at_ms = self.work.seen_at_ms(slot)
         durable = self.work.write(write)
         await self._start(generation)  # the engine need not wait for the disk
@@ -276,6 +284,7 @@ class Sitting:
 
     async def _refuse(self, action: Admit, slot: str, failure: Usage) -> None:
         """Admit what stands before a slot that cannot be begun; the slot fails without a place."""
+        self._shared.drafts(self._id).admitted(action.parent, ())
         _, place_entries = self._place(action)
 
         def write(writer: Writer) -> None:
@@ -529,7 +538,12 @@ class Sitting:
         """Have the engine forget what was withdrawn, and what was computed from it (I8)."""
         await self._ahead.stop()  # it may be just reading it
         engine, tree = self._shared.engine, self.work.conversation.tree
-        for entry in self.work.take_withdrawn():
+        withdrawn = self.work.take_withdrawn()
+        if withdrawn:
+            self._shared.drafts(
+                self._id
+            ).reset()  # what was withdrawn may have been typed here a moment ago
+        for entry in withdrawn:
             self._fed.withdraw(entry)
             if tree.is_admitted(entry):
                 self._ahead.plan(tree.tip(entry))
@@ -539,6 +553,7 @@ class Sitting:
             while self._fed.drops:
                 await engine.forget(self._fed.drops[0].ids, self._fed.drops[0].keep)
                 self._fed.drops.popleft()
+            await self._ahead.drop_drafts(engine)
         except EngineDied:
             self._shared.lost_engine(engine)
 

@@ -169,17 +169,19 @@ class Transcript:
             self._segments.setdefault(name, {})[before] = known
         return known
 
-    def draft(self, content: str, before: str) -> tuple[int, ...]:
-        """The ids that a user's entry with this text would add behind ``before``. Not kept."""
-        tree = self._conversation.tree
-        first = self._conversation.born(tree.path(before)[0]) if before != ROOT else None
-        return self._renderer.segment(
+    def drafting(self, reading: Sequence[str]) -> Callable[[str], tuple[int, ...]]:
+        """The ids that a user's entry with a text would add behind a reading. None are kept."""
+        before = reading[-1] if reading else ROOT
+        path = self._conversation.tree.path(before)
+        first = self._conversation.born(path[0]) if path else None
+        render = partial(
+            self._renderer.segment,
             role=Role.USER.value,
-            content=content,
             is_root=before == ROOT,
             root_at_ms=0 if first is None else first.at,
             parent=self._tail(before),
         )
+        return lambda content: render(content=content)
 
     def _plan(self, name: str, before: str) -> Callable[[], tuple[int, ...]]:
         """What makes a segment: everything is read now, and encoded when it is called."""

@@ -241,6 +241,10 @@ class Workplace:
         """Whether a placed reply has not ended."""
         return bool(self._marks.open)
 
+    def is_open(self, entry: str) -> bool:
+        """Whether an entry is a placed reply that has not ended."""
+        return entry in self._marks.open
+
     def to_end(self, slot: str) -> bool:
         """Whether a placed reply is to be ended now."""
         return self._marks.open.get(slot, True)
