@@ -28,7 +28,7 @@ test('entries verify, and open with the key alone', async () => {
   await view.getByText('2 entries verified.').waitFor()
   await view.locator('summary').first().click()
   for (const fact of ['reused', 'prefilled', 'drafted', 'sampled', 'first token', 'digest']) {
-    expect(await view.locator('dt', { hasText: fact }).count()).toBe(1)
+    await view.locator(`dt:text-is("${fact}")`).waitFor()
   }
   const sampled = await view.locator('dt:text-is("sampled") + dd').innerText()
 
@@ -47,6 +47,7 @@ test('entries verify, and open with the key alone', async () => {
   const stored = await page.evaluate(() => JSON.stringify(Object.entries(localStorage)))
   expect(stored).not.toContain(stack.masterKey)
   await page.reload()
+  await device.composer.waitFor()
   await page.keyboard.press('Control+Shift+D')
   await view.getByLabel('Key for hidden fields').waitFor()
   await device.close()

@@ -16,13 +16,6 @@ afterAll(async () => {
   await stack.remove()
 })
 
-/** The worker has the page, so that the next visit needs no network. */
-const cached = (device: Device): Promise<unknown> =>
-  device.page.evaluate(async () => {
-    await navigator.serviceWorker.ready
-    while ((await caches.keys()).length === 0) await new Promise(done => setTimeout(done, 20))
-  })
-
 test('two devices write apart, with the server gone, and agree once it is back', async () => {
   const laptop = await Device.open(browser, stack, { name: 'Laptop' })
   const id = await laptop.begin()
@@ -30,8 +23,8 @@ test('two devices write apart, with the server gone, and agree once it is back',
   await laptop.reply()
   const phone = await Device.open(browser, stack, { name: 'Phone', at: id })
   await phone.reply()
-  await cached(laptop)
-  await cached(phone)
+  await laptop.cached()
+  await phone.cached()
   await stack.stop('SIGKILL')
   for (const device of [laptop, phone]) {
     await device.page.reload()
@@ -40,7 +33,7 @@ test('two devices write apart, with the server gone, and agree once it is back',
   }
   await laptop.say('From the laptop, offline')
   await phone.say('From the phone, offline')
-  await laptop.page.getByText('Not stored at the relay yet').waitFor()
+  await laptop.page.getByText('Not stored at the relay yet', { exact: true }).waitFor()
   // What is written offline outlives a reload.
   await laptop.page.reload()
   await expect.poll(() => laptop.texts()).toContain('From the laptop, offline')
@@ -49,7 +42,9 @@ test('two devices write apart, with the server gone, and agree once it is back',
     await device.page.evaluate(() => dispatchEvent(new Event('online')))
     await expect.poll(() => device.texts()).toContain('From the laptop, offline')
     await expect.poll(() => device.texts()).toContain('From the phone, offline')
-    await expect.poll(() => device.page.getByText('Not stored at the relay yet').count()).toBe(0)
+    await expect
+      .poll(() => device.page.getByText('Not stored at the relay yet', { exact: true }).count())
+      .toBe(0)
   }
   await expect
     .poll(async () => {
@@ -64,13 +59,13 @@ test('two devices write apart, with the server gone, and agree once it is back',
 test('a conversation that was begun offline is there for others later', async () => {
   const laptop = await Device.open(browser, stack)
   await laptop.page.getByText('Online').waitFor()
-  await cached(laptop)
+  await laptop.cached()
   await stack.stop()
   await laptop.page.reload()
   await laptop.page.getByText('Offline', { exact: true }).first().waitFor()
   const id = await laptop.begin()
   await laptop.say('Begun without a network')
-  await laptop.page.getByText('Not stored at the relay yet').waitFor()
+  await laptop.page.getByText('Not stored at the relay yet', { exact: true }).waitFor()
   await stack.start()
   await laptop.page.evaluate(() => dispatchEvent(new Event('online')))
   const phone = await Device.open(browser, stack, { at: id })

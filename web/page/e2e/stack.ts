@@ -120,6 +120,14 @@ export class Stack {
     )
   }
 
+  /** A signed token of somebody else. */
+  tokenOf(principal: string): string {
+    const words = ['-m', 'crdt_llm', 'token', 'issue', principal, '--data', this.data, '--json']
+    const made = spawnSync(PYTHON, words, { encoding: 'utf8' })
+    if (made.status !== 0) throw new Error(`no token: ${made.stderr}`)
+    return (JSON.parse(made.stdout) as { token: string }).token
+  }
+
   /** Ends the server; with SIGKILL as a power cut does. */
   async stop(signal: 'SIGTERM' | 'SIGKILL' = 'SIGTERM'): Promise<void> {
     const child = this.#process
@@ -216,6 +224,14 @@ export class Device {
   async close(): Promise<void> {
     await this.context.close()
     expect(this.offences).toEqual([])
+  }
+
+  /** Waits until the worker has the page, so that the next visit needs no network. */
+  async cached(): Promise<void> {
+    await this.page.evaluate(async () => {
+      await navigator.serviceWorker.ready
+      while ((await caches.keys()).length === 0) await new Promise(done => setTimeout(done, 20))
+    })
   }
 
   // -- what a person does ----------------------------------------------------------------------
