@@ -56,6 +56,7 @@ class Situation:
         spoiled: summaries of ours that stand for something that was withdrawn.
         dropped: whether an engine is to forget what was read of drafts, and can be told to.
         draft: whether a draft can be read now.
+        preparing: slots whose prompt is being made shorter; they are not admitted yet.
     """
 
     tree: Tree
@@ -72,6 +73,7 @@ class Situation:
     spoiled: tuple[str, ...] = ()
     dropped: bool = False
     draft: bool = False
+    preparing: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +253,7 @@ def _to_admit(situation: Situation) -> Admit | None:
         for entry in _run(tree, first):
             taken.add(entry)
             if tree.facts(entry).slot:
-                if situation.capacity:  # I6
+                if situation.capacity and entry not in situation.preparing:  # I6
                     return Admit(parent, tuple(entries), entry, _superseded(tree, entry))
                 break
             entries.append(entry)

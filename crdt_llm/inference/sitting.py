@@ -41,6 +41,7 @@ from crdt_llm.inference.evaluate import (
     evaluate,
 )
 from crdt_llm.inference.generation import Generation, Outcome
+from crdt_llm.inference.overflow import Overflow
 from crdt_llm.inference.reply import Reply, describe
 from crdt_llm.inference.workplace import PRINCIPAL
 
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
         Situation,
     )
     from crdt_llm.inference.fed import Fed
+    from crdt_llm.inference.overflow import Summary
     from crdt_llm.inference.prompt import Renderer
     from crdt_llm.inference.reply import Identity
     from crdt_llm.inference.seat import Lease, Surroundings
@@ -127,6 +129,7 @@ class Sitting:
         self._wake = wake
         self._troubles = troubles
         self._fed = shared.fed(conversation)
+        self._overflow = Overflow(shared, conversation, work, wake)
         self._ahead = Ahead(shared, conversation, work, self._fed, wake)
         self._lease: Lease | None = None
         self._asking: asyncio.Task[None] | None = None  # for the lease
@@ -145,6 +148,10 @@ class Sitting:
             slot, outcome = self._outcomes.popitem()
             await self._finish(slot, outcome)
             return True
+        await self._overflow.drop_stale()
+        if (ready := self._overflow.pop_ready()) is not None:
+            await self._write_summary(*ready)
+            return True
         action = evaluate(self._situation())
         if isinstance(action, TakeLease) and self._lease is None:
             self._ask_for_lease()
@@ -161,7 +168,8 @@ class Sitting:
             tasks.append(self._asking)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, self._ahead.stop(), return_exceptions=True)
+        tidying = (self._ahead.stop(), self._overflow.stop())
+        await asyncio.gather(*tasks, *tidying, return_exceptions=True)
         self._shared.occupy(-len(self._running))
         self._running.clear()
 
@@ -184,6 +192,7 @@ class Sitting:
             # Not beside a reply: it may stand on rows that a draft shares with it.
             dropped=at_rest and bool(shared.drafts(self._id).drops),
             draft=at_rest and self._ahead.draft,
+            preparing=self._overflow.preparing,
         )
 
     async def _do(self, action: Action) -> None:
@@ -259,21 +268,28 @@ class Sitting:
             await self.work.write(self._place(action)[1])
             return
         try:
-            if await self.work.transcript.load(last, self._positions()):
+            reading = await self._overflow.choose(self.work.present(slot), last, self._positions())
+            if reading is None:
                 return  # as above
             digest, place_entries = self._place(action)
             where = Where(self._id, slot, digest, self.work.epoch, 0)
-            generation = self._prepare(slot, last, where)
+            generation = self._prepare(slot, last, where, reading)
             self._check_fits(generation.reply)
         except (PromptTooLong, BadProof) as error:
             await self._refuse(action, slot, _failure(*describe(error)))
             return
+
+        # Later replies go on from what was recorded, so it is recorded where it changes.
+        is_path = reading == self.work.transcript.reading(last) and self._overflow.implied(last)
+        reads = not is_path
 
         def write(writer: Writer) -> None:
             place_entries(writer)
             writer.place(slot, Place(last, where.epoch))
             writer.open_reply(slot)
             writer.state(slot, State.STREAMING)
+            if reads:
+                writer.set(slot, "reads", list(reading))
             _mark(writer, action.superseded, State.SUPERSEDED)
 
         self._ahead.admitted(action.parent, action.entries)
@@ -281,6 +297,32 @@ class Sitting:
         durable = self.work.write(write)
         await self._start(generation)  # the engine need not wait for the disk
         await durable
+
+    async def _write_summary(self, slot: str, summary: Summary) -> None:
+        """Write what stands for entries that are not read any more, and admit it at once."""
+        outside, conversation = self._shared.surroundings, self.work.conversation
+        identity, epoch = self._shared.identity, self.work.epoch
+        parent = conversation.tree.up(slot)
+        now, clock = outside.clock_ms(), conversation.tree.clock + 1
+        born = Born(
+            Role.SYSTEM, PRINCIPAL, PRINCIPAL, now, clock, after=parent, covers=summary.covers
+        )
+        name, salt = entry_id(now, outside.random(10)), identity.random(SALT_BYTES)
+        proof = prove(
+            Link(name, born.plain(), commit_content(salt, summary.text)),
+            parent=parent_digest(conversation, parent),
+            conversation=self._id,
+            epoch=epoch,
+            key=identity.key,
+        )
+
+        def write(writer: Writer) -> None:
+            writer.add(name, born, summary.text)
+            writer.place(name, Place(parent, epoch))
+            writer.proof(name, salt, proof)
+
+        self._shared.drafts(self._id).admitted(parent, ())
+        await self.work.write(write)
 
     async def _refuse(self, action: Admit, slot: str, failure: Usage) -> None:
         """Admit what stands before a slot that cannot be begun; the slot fails without a place."""
@@ -320,14 +362,15 @@ class Sitting:
 
         return digest, write
 
-    def _prepare(self, slot: str, parent: str, where: Where) -> Generation:
-        """A reply behind ``parent``, ready to run.
+    def _prepare(
+        self, slot: str, parent: str, where: Where, reading: tuple[str, ...]
+    ) -> Generation:
+        """A reply behind ``parent`` that reads some entries, ready to run.
 
         Raises:
             BadProof: something on the path cannot be read.
         """
         entry, transcript = self.work.present(slot), self.work.transcript
-        reading = transcript.reading_of(slot, parent)
         opened = transcript.opened(entry, parent, reading)
         reply = Reply.begin(
             entry,
@@ -429,7 +472,7 @@ class Sitting:
         where = self._where(entry)
         parent = self.work.conversation.tree.up(slot)
         if not entry.sealed:  # nothing was flushed yet
-            return self._prepare(slot, parent, where)
+            return self._prepare(slot, parent, where, transcript.reading_of(slot, parent))
         hidden = transcript.hidden(entry)
         if hidden is None:
             raise BadProof("the reply was begun with another model and cannot go on with this one")
@@ -537,6 +580,8 @@ class Sitting:
     async def _forget(self) -> None:
         """Have the engine forget what was withdrawn, and what was computed from it (I8)."""
         await self._ahead.stop()  # it may be just reading it
+        if self.work.conversation.tree.pending:
+            await self._overflow.stop()
         engine, tree = self._shared.engine, self.work.conversation.tree
         withdrawn = self.work.take_withdrawn()
         if withdrawn:

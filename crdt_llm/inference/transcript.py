@@ -250,6 +250,40 @@ class Transcript:
             return True
         return False
 
+    async def count_fitting(
+        self, reading: Sequence[str], limit: int, *, from_end: bool = False
+    ) -> int | None:
+        """How many entries of a reading have no more tokens than ``limit``.
+
+        Args:
+            reading: the entries, in the order in which they are read.
+            limit: tokens.
+            from_end: whether to count from the last one.
+
+        Returns:
+            How many; ``None`` if this waited, see :meth:`load_reading`.
+
+        Raises:
+            BadProof: something cannot be read.
+        """
+        pairs = list(pairwise((ROOT, *reading)))
+        tokens = 0
+        for count, (before, name) in enumerate(reversed(pairs) if from_end else pairs):
+            unknown = before not in self._segments.get(name, ())
+            if unknown and await self._make(name, before, count):
+                return None
+            tokens += len(self.segment(name, before))
+            if tokens > limit:
+                return count
+        return len(pairs)
+
+    def asking(self, reading: Sequence[str], question: str) -> tuple[int, ...]:
+        """The ids of a user's question behind a reading, up to where a reply would begin."""
+        opening = self._renderer.reply_opening(
+            is_root=False, root_at_ms=0, parent=NO_PARENT, extend=False
+        )
+        return self.drafting(reading)(question) + opening
+
     def ids(self, entry: str) -> tuple[int, ...]:
         """The prompt of what is read of the path that ends in ``entry``."""
         return self.ids_of(self.reading(entry))
