@@ -95,6 +95,10 @@ class _Draft:
     says: Said = NOTHING
 
 
+def _other_conversations() -> Forbidden:
+    return Forbidden("forbidden", "this token is for other conversations")
+
+
 def _ms(seconds: float) -> int:
     return max(0, round(seconds * 1000))
 
@@ -376,17 +380,27 @@ class NativeConnection:
         )
         self._follow_all(self._session.accept(welcome, node=hello.node is not None))
         if self.close_code is None:
+            for channel in tuple(self._channels.values()):
+                self._bound_anew(channel, found)
             is_new_node = hello.node is not None and self.node_key is None
             self.found, self.node_key = found, hello.node
             if is_new_node:
                 self._work = WorkList(self._hub, self._clock, self._is_of_use, self._wake)
+
+    def _bound_anew(self, channel: ChannelPeer, found: Pass) -> None:
+        """A renewed token may allow less than the one before, or more."""
+        if found.may_enter(channel.conversation):
+            channel.author = replace(channel.author, cap=found.cap(channel.conversation))
+        else:
+            channel.leave()
+            self.end(channel, _other_conversations())
 
     def _enter(self, wish: Open) -> None:
         if self.found is None:
             raise AssertionError("nobody enters a room before it is known who that is")
         channel = self._channels[wish.channel] = ChannelPeer(self, wish, self.found)
         if not self.found.may_enter(wish.conversation):
-            self.end(channel, Forbidden("forbidden", "this token is for other conversations"))
+            self.end(channel, _other_conversations())
             return
         entering = self._enter_when_possible(channel, wish.conversation)
         task = asyncio.get_running_loop().create_task(entering, name=f"enter {wish.conversation}")

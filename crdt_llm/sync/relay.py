@@ -273,7 +273,12 @@ class Relay:
 
     def _end_expired(self) -> None:
         for carried, found in tuple(self._known.items()):
-            if not self._is_valid(found):
+            try:
+                is_valid = self._is_valid(found)
+            except Unavailable as error:  # nobody is sent away for a fault of ours
+                logger.warning("whether a token was revoked is not known now: %s", error)
+                continue
+            if not is_valid:
                 carried.refuse(AuthenticationFailed("unauthenticated", "that token ended"))
 
     # -- plain HTTP ----------------------------------------------------------------------------

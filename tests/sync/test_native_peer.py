@@ -26,6 +26,7 @@ from crdt_llm.sync.frames import (
     Presence,
     Pull,
     Renew,
+    Restore,
     State,
     Welcome,
 )
@@ -318,6 +319,23 @@ async def test_a_tokens_scope_bounds_where_and_what(monkeypatch: pytest.MonkeyPa
     assert [one.code for one in native.of(Nack)] == [Code.DENIED]
 
 
+async def test_a_renewed_token_bounds_what_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place()
+    await born(place)
+    native, replica = await opened(place, 1)
+    other = conversation_id(Birth("owner", b"another 16 bytes"))
+    await native.send(open_frame(2, conversation=other))
+    await turns()
+    scoped = Pass("owner", "id", None, conversations={CONVERSATION: Grant.READER})
+    monkeypatch.setitem(PASSES, "owner", scoped)
+    await native.greet()
+    await native.send(update_frame(1, replica.say("no")))
+    await turns()
+    native.down()
+    assert [(one.channel, one.code) for one in native.of(Closed)] == [(2, CloseCode.FORBIDDEN)]
+    assert [one.code for one in native.of(Nack)] == [Code.DENIED]
+
+
 async def test_who_loses_the_right_hears_nothing_of_what_took_it() -> None:
     place = Place()
     owner, replica = await born(place)
@@ -426,6 +444,27 @@ async def test_only_nodes_speak_of_leases() -> None:
     native = await greeted(Place())
     await native.send(Renew())
     assert native.connection.close_code is CloseCode.FORBIDDEN
+
+
+async def test_a_client_brings_back_what_the_relay_lost() -> None:
+    place = Place()
+    owner, theirs = await born(place)
+    await owner.membership.submit(theirs.say("kept by a client"))
+    native, replica = await opened(place, 1)
+    native.connection.leave()
+    place = Place()
+    again = await greeted(place)
+    vector = replica.replica.state_vector()
+    await again.send(open_frame(log="the lost one", lsn=2, state_vector=vector))
+    await turns()
+    again.down()
+    lacks = again.of(Opened)[0].state_vector
+    await again.send(Restore(1, 1, replica.replica.diff(lacks)))
+    await turns()
+    again.down()
+    assert [ack.id for ack in again.of(Ack)] == [1]
+    _, other = await opened(place, 2)
+    assert other.texts == ["kept by a client"]
 
 
 async def test_a_reader_that_does_not_read_is_not_read_either(

@@ -11,6 +11,7 @@ from sync.native import IDENTITY, PASSES, device, open_frame, update_frame
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from crdt_llm.errors import StoreFailed
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
 from crdt_llm.sync.frames import (
     HELLO_BYTES_MAX,
@@ -201,6 +202,23 @@ async def test_a_token_that_ends_ends_its_connections(path: str) -> None:
         assert await end_of(socket) == CloseCode.UNAUTHENTICATED
         await send(other, open_frame())
         await read(other, Opened)
+
+
+async def test_nobody_is_sent_away_because_the_ledger_fails() -> None:
+    async with serving() as served, served.open() as socket, served.open() as other:
+        await greet(socket)
+        await greet(other, "friend")
+
+        def judge(found: Pass) -> bool:
+            if found.principal == "owner":
+                raise StoreFailed("the ledger is locked")
+            return False
+
+        served.relay._is_valid = judge
+        served.relay._end_expired()
+        assert await end_of(other) == CloseCode.UNAUTHENTICATED
+        await send(socket, open_frame())
+        await read(socket, Opened)
 
 
 async def test_a_stop_says_come_back() -> None:
