@@ -46,7 +46,7 @@ from crdt_llm.document.updates import merge
 from crdt_llm.errors import LocalMisuse, MalformedMessage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from pycrdt import TransactionEvent
 
@@ -300,6 +300,43 @@ def _sealed(doc: Doc[Any], slot: str) -> Array[Any]:
     return sealed
 
 
+class Shadow:
+    """A second copy of a document that nobody reads: what an update is undone with.
+
+    The library cannot take a change back. Applying an update to a copy without readers costs some
+    10 us, making a replica's readings anew costs the document's length, many times over.
+
+    Args:
+        client_id: fresh, as for a replica: it becomes one's id.
+        update: what to begin with.
+    """
+
+    def __init__(self, client_id: int, update: bytes = EMPTY_UPDATE) -> None:
+        self._doc: Doc[Any] | None = Doc(client_id=client_id)
+        self.apply(update)
+
+    def apply(self, update: bytes) -> None:
+        """Follow the replica.
+
+        Raises:
+            MalformedMessage: the bytes are no update.
+        """
+        try:
+            self._held().apply_update(update)
+        except (ValueError, RuntimeError) as error:
+            raise MalformedMessage(f"an update that does not apply: {error}") from error
+
+    def take(self) -> Doc[Any]:
+        """Give the document away; the shadow is of no use after that."""
+        doc, self._doc = self._held(), None
+        return doc
+
+    def _held(self) -> Doc[Any]:
+        if self._doc is None:
+            raise LocalMisuse("this shadow was given away")
+        return self._doc
+
+
 class Conversation:
     """A replica.
 
@@ -316,8 +353,6 @@ class Conversation:
             if given is not None and not 0 < given < 2**CLIENT_ID_BITS:
                 raise LocalMisuse(f"client id {given} is not in 1..2^{CLIENT_ID_BITS} - 1")
         self.tree = Tree()
-        self._doc: Doc[Any] = Doc(client_id=client_id)
-        self._roots: dict[str, Any] = {name: self._doc.get(name, type=Map) for name in ROOTS}
         self._seal_client_id = seal_client_id
         self._seal: Doc[Any] | None = None
         self._born: dict[str, Born] = {}
@@ -332,12 +367,33 @@ class Conversation:
         self._updates: list[bytes] = []
         self._failure: Exception | None = None
         self._busy = False
+        self._hold(Doc(client_id=client_id))
+        if update != EMPTY_UPDATE:
+            self.apply(update)
+
+    def _hold(self, doc: Doc[Any]) -> None:
+        self._doc = doc
+        self._roots: dict[str, Any] = {name: doc.get(name, type=Map) for name in ROOTS}
         self._subscriptions = [
             self._roots[name].observe_deep(self._collector(name)) for name in ROOTS
         ]
-        self._subscriptions.append(self._doc.observe(self._collect_update))
-        if update != EMPTY_UPDATE:
-            self.apply(update)
+        self._subscriptions.append(doc.observe(self._collect_update))
+
+    def revert(self, shadow: Shadow, touched: Iterable[str]) -> None:
+        """Go back to what a shadow holds, under its client id; no listener hears of it.
+
+        Args:
+            shadow: a copy of this replica from before what is to be undone. It is used up.
+            touched: the entries that may differ: a change's ``entries``.
+        """
+        self._check_idle()
+        self._seal = None
+        self._handles.clear()
+        self._meta = None
+        self._collected, self._updates, self._failure = [], [], None
+        self._hold(shadow.take())
+        for entry in touched:
+            self._refresh(entry)
 
     # -- what happened -------------------------------------------------------------------------
 

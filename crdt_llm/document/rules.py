@@ -112,7 +112,7 @@ _EPOCH = re.compile(r"(?:0|[1-9][0-9]{0,15})\Z")
 _BORN_KEYS: Final = frozenset(
     {"role", "author", "device", "at", "clock", "mode", "after", "params", "call", "covers"}
 )
-_NODE_FIELDS: Final = frozenset(
+NODE_FIELDS: Final = frozenset(
     {"place", "state", "calls", "reads", "sealed", "usage", "salt", "proof"}
 )
 _SLOT_FIELDS: Final = frozenset({"state", "calls", "reads", "sealed", "usage", "stop"})
@@ -495,7 +495,7 @@ class _Check:
         if self._author.node:
             return
         written = one.written().keys()
-        found = sorted(written & _NODE_FIELDS)
+        found = sorted(written & NODE_FIELDS)
         if (slot and "content" in written) or one.text:
             found.append("content")
         if one.chunks:

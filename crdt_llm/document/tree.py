@@ -115,9 +115,19 @@ class Tree:
             self._admit(facts)
 
     def drop(self, entry: str) -> None:
-        """Forget an entry that became malformed or was deleted (only hostile documents do that)."""
-        if self._facts.pop(entry, None) is not None:
-            self._clock = max((facts.clock for facts in self._facts.values()), default=0)
+        """Forget an entry that became malformed, was deleted, or was refused.
+
+        It costs the number of entries only if it had a place, or the greatest clock.
+        """
+        facts = self._facts.pop(entry, None)
+        if facts is None:
+            return
+        if facts.clock == self._clock:
+            self._clock = max((known.clock for known in self._facts.values()), default=0)
+        if facts.parent is None:
+            self._unplaced.discard(entry)
+            self._pending = None
+        else:
             self._rebuild()
 
     def _admit(self, first: Facts) -> None:

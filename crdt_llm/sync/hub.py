@@ -31,6 +31,7 @@ from crdt_llm.errors import (
 from crdt_llm.store.register import MemoryRegister
 from crdt_llm.sync.drafts import Drafts
 from crdt_llm.sync.metrics import MeasuredLog
+from crdt_llm.sync.refusal_rate import RefusalRate
 from crdt_llm.sync.room import Peer, Room, Submission
 from crdt_llm.sync.scrubbing import Scrubber
 from crdt_llm.sync.verdict import (
@@ -221,6 +222,7 @@ class Hub:
         register: Where what must outlive the log is durable; it stays open too. ``None`` keeps it
             in memory, and then whoever is let in as a node may write as one.
         relay_key: The relay's public key, that leases are signed with.
+        refusals: How often somebody may be refused before it waits; of this process alone without.
         metrics: What is counted; ``None`` counts nothing.
     """
 
@@ -230,6 +232,7 @@ class Hub:
         *,
         register: Register | None = None,
         relay_key: bytes | None = None,
+        refusals: RefusalRate | None = None,
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
         random: Callable[[int], bytes] = os.urandom,
@@ -242,6 +245,7 @@ class Hub:
         self._keeps_leases = register is not None
         self._relay_key = relay_key
         self._scrubber = Scrubber(self._log)
+        self._refusals = RefusalRate(clock) if refusals is None else refusals
         self._debts: asyncio.Task[None] | None = None
         self._rooms: dict[str, Room] = {}  # the least recently entered first
         self._ending: set[asyncio.Task[None]] = set()
@@ -439,6 +443,7 @@ class Hub:
                 keeps_leases=self._keeps_leases,
                 relay_key=self._relay_key,
                 scrubber=self._scrubber,
+                refusals=self._refusals,
             )
         self._rooms[conversation] = room
         return room

@@ -17,8 +17,8 @@ I1. Between turns the replica holds exactly what is committed. Everything that a
 I2. The order of the log is the order of delivery, for every peer.
 I3. A peer's updates are judged, and their verdicts handed out, in the order of its sending.
 I4. An update is checked by its structure before the replica sees it, and by its meaning after. On
-    a violation, or any exception, the replica is thrown away and rebuilt from the log and from
-    what this turn had accepted before.
+    a violation, or any exception, the replica goes back to what it was: a copy that nobody reads
+    follows it for that, or is made from the log and from what this turn had accepted before.
 I5. If a commit fails, or the log cannot be read, the room ends: every peer is told to try again,
     and whoever comes next gets a room that was loaded anew.
 I6. The register follows the log: what a commit changed of its facts is durable there before
@@ -46,6 +46,7 @@ import functools
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -60,6 +61,7 @@ from crdt_llm.document.conversation import (
     LEASES,
     META,
     Conversation,
+    Shadow,
 )
 from crdt_llm.document.keys import verify
 from crdt_llm.document.rules import Author
@@ -106,11 +108,12 @@ from crdt_llm.sync.verdict import Committed, Denied, Known, Lacking, one_line, r
 from crdt_llm.sync.wire import UPDATE_BYTES_MAX, decode_state_vector, encode_state_vector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from crdt_llm.document.conversation import Change, Edit
     from crdt_llm.store.log import UpdateLog
     from crdt_llm.store.register import Register, Row
+    from crdt_llm.sync.refusal_rate import RefusalRate
     from crdt_llm.sync.scrubbing import Scrubber
     from crdt_llm.sync.structure import Limits, Missing, UpdateStructure
     from crdt_llm.sync.verdict import Verdict
@@ -160,6 +163,9 @@ COMPACT_BYTES_MIN: Final = 64 << 10
 
 COMPACT_UPDATES_MAX: Final = 4096
 """Updates after which the log is folded in any case: loading applies them one by one, in 50 us."""
+
+SPARE_BEHIND_MAX: Final = 64
+"""Updates that the spare copy of a room's document may lag behind: joined, they cost like one."""
 
 JUDGED_AT_ONCE: Final = 4
 """Entries of a restore that are verified before others get the thread: 0.3 ms each."""
@@ -222,6 +228,9 @@ class Peer(ABC):
     survives_refusal = False
     """Whether it may go on after a refusal. If not, what it sent after is never looked at."""
 
+    address: str | None = None
+    """Where it comes from; ``None`` inside this process."""
+
     is_operator = False
     """Whether it acts for whoever runs this relay: it may be in any room, without a right."""
 
@@ -264,6 +273,7 @@ class _Seat:
     unsettled_bytes: int = 0
     has_space: asyncio.Event = field(default_factory=asyncio.Event)
     is_ready: bool = False  # stands in the line of seats that have something to check
+    is_held: bool = False  # waits, because it was refused too often; it keeps out of the line
     is_gone: bool = False
 
 
@@ -328,11 +338,17 @@ def _find_rewrite(structure: UpdateStructure, held: bytes) -> Id | None:
 
 
 class _Dirty(Exception):  # noqa: N818 - a signal inside this module
-    """The replica holds something that was not accepted; ``verdict`` is what its sender hears."""
+    """The replica holds something that was not accepted.
 
-    def __init__(self, verdict: Verdict) -> None:
+    Attributes:
+        verdict: What its sender hears.
+        touched: The entries that may have changed; ``None`` if nobody knows.
+    """
+
+    def __init__(self, verdict: Verdict, touched: frozenset[str] | None) -> None:
         super().__init__()
         self.verdict = verdict
+        self.touched = touched
 
 
 class Room:
@@ -347,6 +363,7 @@ class Room:
         ended: Called once, with the reason, when the room takes nobody in any more.
         register: Where its facts are durable beside the log.
         scrubber: Wipes the log's file.
+        refusals: How often somebody may be refused before it waits.
         keeps_leases: Whether a node must hold the lease to write.
         relay_key: The relay's public key, that leases are signed with; ``None`` to believe any.
     """
@@ -362,6 +379,7 @@ class Room:
         ended: Callable[[Room, CrdtLlmError], None],
         register: Register,
         scrubber: Scrubber,
+        refusals: RefusalRate,
         keeps_leases: bool = False,
         relay_key: bytes | None = None,
     ) -> None:
@@ -376,6 +394,7 @@ class Room:
         self._ended = ended
         self._register = register
         self._scrubber = scrubber
+        self._refusals = refusals
         self._keeps_leases = keeps_leases
         self._relay_key = relay_key
         self._row: Row | None = None  # as it is durable; None before there is a birth
@@ -387,6 +406,7 @@ class Room:
         self._withdrawals = 0  # turns with a withdrawal, since loading...
         self._scrubbed = 0  # ...and how many of them are wiped from the log's file
         self._scrubbing: asyncio.Task[None] | None = None
+        self._late: deque[tuple[_Seat, Submission, Denied]] = deque()  # refusals that waited
         self._granting: deque[tuple[bytes, asyncio.Future[int]]] = deque()
         self._replica: Conversation | None = None
         self._known: dict[int, int] = {}  # the replica's state vector
@@ -394,6 +414,9 @@ class Room:
             None  # the replica's, when asked for
         )
         self._document_bytes = 0  # at least the size of the document
+        self._spare: Shadow | None = None  # a copy of the replica, from the first refusal on
+        self._ahead: list[bytes] = []  # what the replica has and the copy lacks
+        self._wants_spare = False
         self._snapshot_bytes = 0
         self._log_bytes = 0  # since the snapshot
         self._log_updates = 0
@@ -618,6 +641,7 @@ class Room:
         self._in_turn = True
         batch = _Batch()
         try:
+            self._take_late(batch)
             await self._check_batch(batch)
             if batch.accepted:
                 await self._commit(batch)
@@ -636,11 +660,12 @@ class Room:
         if batch.accepted:
             await self._compact_if_due()
         await self._scrub_if_owed()
+        self._make_spare()
         if self._line or self._asking:
             self._wake.set()
 
     def _stand_in_line(self, seat: _Seat) -> None:
-        if not seat.is_ready:
+        if not seat.is_ready and not seat.is_held:
             seat.is_ready = True
             self._line.append(seat)
             self._wake.set()
@@ -652,19 +677,23 @@ class Room:
         taken_bytes = 0
         while self._line:
             seat = self._line.popleft()
-            submission, author = seat.queue.popleft()
             seat.is_ready = False
+            if self._hold_debtor(seat):
+                continue
+            submission, author = seat.queue.popleft()
             if seat.queue:
                 self._stand_in_line(seat)
             verdict = None
             if seat not in batch.refused:
                 verdict = await self._judge(seat, submission, author, batch)
-            batch.settled.append((seat, submission, verdict))
             if isinstance(verdict, Denied):
                 principal, why = submission.peer.author.principal, reason_of(verdict.error)
                 logger.info("conversation %s: %s was refused: %s", self.id, principal, why)
+                if self._hold_answer(seat, submission, verdict):
+                    continue
                 if not submission.peer.survives_refusal:
                     batch.refused[seat] = None
+            batch.settled.append((seat, submission, verdict))
             taken_bytes += len(submission.update)
             if (
                 len(batch.settled) >= BATCH_UPDATES_MAX
@@ -672,6 +701,46 @@ class Room:
                 or self._clock() >= until
             ):
                 break
+
+    def _hold_debtor(self, seat: _Seat) -> bool:
+        """Let whoever was refused too often wait before it is listened to again."""
+        peer = seat.peer
+        wait = 0.0 if peer.author.node else self._refusals.debt(peer.author.principal, peer.address)
+        if wait > 0:
+            seat.is_held = True
+            self._refusals.later(wait, functools.partial(self._release, seat))
+        return wait > 0
+
+    def _hold_answer(self, seat: _Seat, submission: Submission, verdict: Denied) -> bool:
+        """Keep a refusal back, and with it all that its peer sent after."""
+        peer = seat.peer
+        if peer.author.node:  # one that lost its lease has done no wrong
+            return False
+        wait = self._refusals.refused(peer.author.principal, peer.address, self.id)
+        if wait > 0:
+            seat.is_held = True
+            late = (seat, submission, verdict)
+            self._refusals.later(wait, functools.partial(self._tell_late, *late))
+        return wait > 0
+
+    def _tell_late(self, seat: _Seat, submission: Submission, verdict: Denied) -> None:
+        self._late.append((seat, submission, verdict))
+        self._wake.set()
+
+    def _release(self, seat: _Seat) -> None:
+        seat.is_held = False
+        if seat.queue:
+            self._stand_in_line(seat)
+
+    def _take_late(self, batch: _Batch) -> None:
+        """The refusals that were kept back long enough."""
+        while self._late:
+            seat, submission, verdict = self._late.popleft()
+            batch.settled.append((seat, submission, verdict))
+            if submission.peer.survives_refusal:
+                self._release(seat)
+            else:
+                batch.refused[seat] = None
 
     async def _judge(
         self, seat: _Seat, submission: Submission, author: Author, batch: _Batch
@@ -693,21 +762,28 @@ class Room:
             else:
                 change = await self._apply(submission, look, author)
         except _Dirty as dirty:
-            await self._rebuild(batch.updates)
+            await self._take_back(dirty.touched, batch.updates)
             return dirty.verdict
         self._known.update(look.fresh)
         if change.is_empty:
             return Known()
-        if look.structure.deleted:
-            self._deletions = None
-        for client in look.fresh:
-            if client not in self._clients and not is_restore:
-                self._clients[client] = _owner_of_clients(author)
-                self._is_noteworthy = True
-        self._document_bytes += len(change.update)
+        self._accept(change, look, None if is_restore else author)
         # A restore may have been corrected: then its sender has to hear of it like everyone else.
         batch.accepted.append((_Seat(seat.peer) if is_restore else seat, change))
         return _ACCEPTED
+
+    def _accept(self, change: Change, look: _Look, author: Author | None) -> None:
+        if self._spare is not None:
+            self._ahead.append(change.update)
+            if len(self._ahead) >= SPARE_BEHIND_MAX:
+                self._follow()
+        if look.structure.deleted:
+            self._deletions = None
+        for client in look.fresh:
+            if client not in self._clients and author is not None:
+                self._clients[client] = _owner_of_clients(author)
+                self._is_noteworthy = True
+        self._document_bytes += len(change.update)
 
     def _is_restore(self, submission: Submission, author: Author) -> bool:
         if submission.doubts is not None and self._row is None:
@@ -770,11 +846,71 @@ class Room:
             if self._clients.get(client, own) != own or client == self._loaded_replica().client_id:
                 raise Refused("forged-client", f"client id {client} is somebody else's")
 
+    def _merge(self, update: bytes) -> Change:
+        """Apply an update; one that does not apply leaves the replica's readings as they were."""
+        with self._undoing(None):
+            try:
+                return self._loaded_replica().apply(update)
+            except MalformedMessage as error:
+                raise _Dirty(Denied(error), frozenset()) from error
+
+    @contextmanager
+    def _undoing(self, touched: frozenset[str] | None) -> Iterator[None]:
+        """Whatever goes wrong inside, the replica is to be taken back."""
+        try:
+            yield
+        except Gap as error:
+            raise _Dirty(Lacking(str(error)), touched) from error
+        except (Refused, MalformedMessage) as error:
+            raise _Dirty(Denied(error), touched) from error
+        except (_Dirty, asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the CRDT library panics with one of its own
+            # An update that our checks cannot cope with: it would fail again each time.
+            logger.error("conversation %s: %s", self.id, one_line(error))  # noqa: TRY400 - one line
+            reason = Refused("unreadable", "this cannot be checked")
+            raise _Dirty(Denied(reason), touched) from error
+
+    async def _take_back(self, touched: frozenset[str] | None, accepted: Sequence[bytes]) -> None:
+        """I4. Costs what was touched, while there is a spare copy."""
+        if touched is None:
+            await self._rebuild(accepted)
+            return
+        spare = self._spare
+        if spare is None:
+            loaded = await self._log.load(self.id)
+            spare = Shadow(self._new_client_id(), loaded.snapshot or EMPTY_UPDATE)
+            for update in (*(update for _, update in loaded.updates), *accepted):
+                spare.apply(update)
+        else:
+            self._follow()
+        self._spare = None
+        self._ahead.clear()
+        self._loaded_replica().revert(spare, touched)
+        self._wants_spare = True
+
+    def _follow(self) -> None:
+        if self._spare is not None and self._ahead:
+            self._spare.apply(merge(self._ahead))
+            self._ahead.clear()
+
+    def _make_spare(self) -> None:
+        """Have a copy at hand for the next refusal; rooms without one never have it."""
+        if self._wants_spare:
+            self._wants_spare = False
+            self._spare = Shadow(self._new_client_id(), self.diff())
+
+    def _new_client_id(self) -> int:
+        client_id = 0
+        while client_id == 0:
+            client_id = int.from_bytes(self._random(4), "big")
+        return client_id
+
     async def _apply(self, submission: Submission, look: _Look, author: Author) -> Change:
         replica = self._loaded_replica()
         epoch = self.epoch if self._keeps_leases else None
-        try:
-            change = replica.apply(submission.update)
+        change = self._merge(submission.update)
+        with self._undoing(change.entries):
             rules.check(change, replica, conversation_id=self.id, author=author, epoch=epoch)
             self._check_leases(change)
             if self._unconfirmed:
@@ -782,24 +918,14 @@ class Room:
             if not author.node and hides(look.structure, self._known, change):
                 await self._check_parents(look.structure)
             self._check_size(len(change.update), author)
-        except Gap as error:
-            raise _Dirty(Lacking(str(error))) from error
-        except (Refused, MalformedMessage) as error:
-            raise _Dirty(Denied(error)) from error
-        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the CRDT library panics with one of its own
-            # An update that our checks cannot cope with: it would fail again each time.
-            logger.error("conversation %s: %s", self.id, one_line(error))  # noqa: TRY400 - one line
-            raise _Dirty(Denied(Refused("unreadable", "this cannot be checked"))) from error
         return change
 
     async def _restore(self, submission: Submission, look: _Look, author: Author) -> Change:
         """I7."""
         replica = self._loaded_replica()
         before = replica.state_vector()
-        try:
-            change = replica.apply(submission.update)
+        change = self._merge(submission.update)
+        with self._undoing(change.entries):
             row = self._row_of(replica)
             claim = Claim(replica, change, row, author, self._relay_key, submission.doubts)
             for number, _ in enumerate(judge(claim), 1):
@@ -807,6 +933,7 @@ class Room:
                     await asyncio.sleep(0)
             check_parents(look.structure, self._known, look.structure)
             waiting = {} if submission.doubts is not None else unconfirmed(claim)
+        with self._undoing(None):
             fixed = self._correct(replica, row)
             if fixed:
                 # Joined anew: what was withdrawn is collected, and reaches neither log nor peers.
@@ -814,15 +941,6 @@ class Room:
                 change = replace(change, update=update, edits=(*change.edits, *fixed))
                 self._clients[replica.client_id] = _ROOMS_OWN
             self._check_size(len(change.update), author)
-        except Gap as error:
-            raise _Dirty(Lacking(str(error))) from error
-        except (Refused, MalformedMessage) as error:
-            raise _Dirty(Denied(error)) from error
-        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # as in _apply
-            logger.error("conversation %s: %s", self.id, one_line(error))  # noqa: TRY400 - one line
-            raise _Dirty(Denied(Refused("unreadable", "this cannot be checked"))) from error
         self._known = decode_state_vector(replica.state_vector())
         self._deletions = None
         for name, whose in waiting.items():
@@ -996,11 +1114,8 @@ class Room:
     async def _rebuild(self, accepted: Sequence[bytes]) -> None:
         """Make the replica anew from the log and what this turn has accepted."""
         loaded = await self._log.load(self.id)
-        client_id = 0
-        while client_id == 0:
-            client_id = int.from_bytes(self._random(4), "big")
         try:
-            replica = Conversation(client_id)
+            replica = Conversation(self._new_client_id())
             if loaded.snapshot is not None:
                 replica.apply(loaded.snapshot)
             for index, (_, update) in enumerate(loaded.updates, 1):
@@ -1013,7 +1128,8 @@ class Room:
             raise Corrupt(
                 f"conversation {self.id} cannot be read from the log: restore it from a replica"
             ) from error
-        self._replica, self._deletions = replica, None
+        self._replica, self._deletions, self._spare = replica, None, None
+        self._ahead.clear()
         self._known = decode_state_vector(replica.state_vector())
         self.lsn = loaded.lsn
         self._snapshot_bytes = len(loaded.snapshot or b"")

@@ -19,6 +19,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from crdt_llm.document.conversation import ACCESS, ENTRIES, LEASES, META, ROOTS
+from crdt_llm.document.rules import NODE_FIELDS
 from crdt_llm.document.schema import ENTRY_FIELDS, PRINCIPAL_CHARACTERS_MAX
 from crdt_llm.errors import Forbidden, Refused
 from crdt_llm.sync.structure import Id, Kind, SharedType, TypeRef
@@ -104,6 +105,8 @@ def _check_field(item: Struct, parent: TypeRef | None, *, node: bool) -> None:
             raise Refused("schema", "an entry is a map: a value in it has a key")
     elif key not in ENTRY_FIELDS:
         raise Refused("schema", f"an entry has no field {key[:50]!r}")
+    elif key in NODE_FIELDS and not node:
+        raise Forbidden("node-field", f"only the node writes {key}")
     elif parent is not None and parent is not TypeRef.MAP:
         raise Refused("schema", "a text or a list has no fields")
 

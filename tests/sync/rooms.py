@@ -14,6 +14,7 @@ from crdt_llm.errors import StoreFailed
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
 from crdt_llm.store.register import MemoryRegister
 from crdt_llm.sync.hub import Hub
+from crdt_llm.sync.refusal_rate import RefusalRate
 
 if TYPE_CHECKING:
     from crdt_llm.errors import CrdtLlmError
@@ -37,6 +38,14 @@ class CountingLog(MemoryLog):
 RELAY_KEY = SigningKey(b"r" * 32)
 
 
+class NoLimit(RefusalRate):
+    """Nobody waits for a refusal, where that is not what is tested."""
+
+    def refused(self, principal: str, address: str | None, conversation: str) -> float:
+        del principal, address, conversation
+        return 0.0
+
+
 @dataclass(slots=True)
 class Member:
     """Someone in a room, and what it heard."""
@@ -51,12 +60,14 @@ class Place:
     """A hub on a simulated disk.
 
     Attributes:
+        refusals: How often somebody may be refused; here nobody waits for that.
         leased: Whether it keeps its register on that disk, so that nodes need a lease.
     """
 
     disk: MemoryDisk = field(default_factory=lambda: MemoryDisk("log"))
     leased: bool = False
     rows: dict[str, Row] = field(default_factory=dict)
+    refusals: RefusalRate = field(default_factory=lambda: NoLimit(lambda: 0.0))
     register_failing: RegisterSeam | None = None
     saves: int = 0
     now: float = 1000.0
@@ -77,6 +88,7 @@ class Place:
             self.log,
             register=register if self.leased else None,
             relay_key=RELAY_KEY.public,
+            refusals=self.refusals,
             clock=lambda: self.now,
             random=Random(seed).randbytes,
         )
