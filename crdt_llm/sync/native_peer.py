@@ -115,6 +115,7 @@ class NativeConnection:
         identity: Of this relay.
         admit: What a token proves; raises if that is nothing.
         came_with: The token of the handshake, if there was one.
+        address: Where it comes from, if that is known.
         leases: Where nodes get theirs; ``None`` if there are none to be had.
         lists: Where lists of conversations are watched; ``None`` if they are empty for ever.
         requests: What else may be asked for.
@@ -130,6 +131,7 @@ class NativeConnection:
         *,
         admit: Callable[[str | None], Pass],
         came_with: str | None,
+        address: str | None = None,
         wake: Callable[[], None],
         leases: LeaseOffice | None = None,
         lists: ConversationLists | None = None,
@@ -145,6 +147,7 @@ class NativeConnection:
         self._identity = identity
         self._admit = admit
         self._came_with = came_with
+        self.address = address
         self._wake = wake
         self._session = NativeSession()
         self._outbox = Lanes(_presence_frame)
@@ -612,6 +615,7 @@ class ChannelPeer(Peer):
         is_node = connection.node_key is not None
         super().__init__(found.principal, node=is_node)
         self.author = Author(found.principal, is_node, cap=found.cap(wish.conversation))
+        self.address = connection.address
         self.number = wish.channel
         self.conversation = wish.conversation
         self.may_write = False

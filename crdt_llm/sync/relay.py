@@ -413,6 +413,7 @@ class Relay:
             return
         cap = found.cap(conversation)
         peer = RemotePeer(found.principal, wire.wake, cap=cap, metrics=self._metrics)
+        peer.address = _address_of(socket) or None
         socket.protocol.max_message_size = min(plain.FRAME_BYTES_MAX, self._limits.frame_bytes)
         self._known[peer] = found
         try:
@@ -449,6 +450,7 @@ class Relay:
             identity,
             admit=admit,
             came_with=token,
+            address=address or None,
             wake=wire.wake,
             leases=self._leases,
             lists=self._lists,
