@@ -4,7 +4,7 @@ import { defineConfig } from 'vite'
 
 export default defineConfig({
   build: {
-    outDir: 'dist/size',
+    outDir: 'node_modules/.size',
     emptyOutDir: true,
     lib: { entry: 'src/index.ts', formats: ['es'] },
     minify: 'oxc',

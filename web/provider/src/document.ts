@@ -370,7 +370,7 @@ export class Document {
   // -- writing ---------------------------------------------------------------------------------
 
   /**
-   * Write what is meant, in one transaction.
+   * Write what is meant, in one transaction. See {@link resolve} for intents that are not new.
    *
    * @returns The update; `null` if it is so already, or cannot be any more (what it is about is not
    *   here). Then nothing was written.
@@ -393,7 +393,7 @@ export class Document {
       case 'request':
         if (this.roots.entries.has(intent.id)) return
         this.add(intent.id, {
-          ...this.bornNow('assistant', this.resolved(intent), intent.at, author),
+          ...this.bornNow('assistant', intent, intent.at, author),
           ...params(intent.params)
         })
         if (intent.head) meta.set('head', intent.id)
@@ -434,7 +434,7 @@ export class Document {
 
   private writeEntry(intent: Intent & { kind: 'entry' }, author: Author): void {
     if (this.roots.entries.has(intent.id)) return
-    const born = this.bornNow(intent.role, this.resolved(intent), intent.at, author)
+    const born = this.bornNow(intent.role, intent, intent.at, author)
     const call = intent.call === null ? {} : { call: intent.call }
     this.add(intent.id, { ...born, ...call }, intent.text)
     if (intent.slot !== null) {
@@ -457,13 +457,14 @@ export class Document {
     this.roots.entries.set(id, fields)
   }
 
-  /** Where an entry goes; if what it was written after never came to be, at the end of the line. */
-  private resolved(intent: { readonly after: string; readonly fork: boolean }): {
-    after: string
-    fork: boolean
-  } {
+  /**
+   * The intent as it is to be composed here: what was written after something that never came to be
+   * goes to the end of the line.
+   */
+  resolve(intent: Intent): Intent {
+    if (intent.kind !== 'entry' && intent.kind !== 'request') return intent
     if (intent.after === ROOT || this.tree.has(intent.after)) return intent
-    return { after: this.tree.last(this.meta.head), fork: false }
+    return { ...intent, after: this.tree.last(this.meta.head), fork: false }
   }
 
   private bornNow(

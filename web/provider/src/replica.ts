@@ -189,11 +189,12 @@ export class Replica {
   /**
    * The document of the acknowledged part and all rows. Rows that cannot stand any more are composed
    * again, or left out if they say nothing any more.
+   *
+   * @param fallen Rows that are known not to stand.
    */
-  private build(again: ReadonlySet<string> = new Set()): Document {
+  private build(fallen: ReadonlySet<string> = new Set()): Document {
     this.building = true
-    const fresh = this.freshClient()
-    const document = new Document(fresh, touched => {
+    const document = new Document(this.freshClient(), touched => {
       this.withdrawn ||= touched.withdrawn
       if (!this.building) this.port.changed(touched)
     })
@@ -202,30 +203,30 @@ export class Replica {
     const steps: Step[] = []
     const anew: Row[] = []
     for (const row of this.outbox) {
-      if (!again.has(row.id) && stands(document, row)) {
+      if (!fallen.has(row.id) && stands(document, row)) {
         document.apply(row.update)
+        if (document.lacks) {
+          // It builds on something else that is not here, which only Yjs can tell.
+          document.destroy()
+          return this.build(new Set([...fallen, row.id]))
+        }
         rows.push(row)
         continue
       }
-      const update = document.compose(row.intent, this.author())
+      // The resolved intent is kept, so that from now on the row stands by itself.
+      const intent = document.resolve(row.intent)
+      const update = document.compose(intent, this.author())
       if (update === null) {
         steps.push({ step: 'drop', row: row.id })
         continue
       }
-      const composed = { ...row, update }
+      const composed = { ...row, intent, update }
       rows.push(composed)
       anew.push(composed)
       steps.push({ step: 'put', row: composed })
-      this.forgetFlightsOf(row.id)
     }
     this.outbox = rows
-    if (!this.alone) {
-      this.foreign = this.foreign.filter(row => {
-        const fits = stands(document, row)
-        if (fits) document.apply(row.update)
-        return fits
-      })
-    }
+    this.foreign = this.alone ? this.foreign : this.showForeign(document)
     if (steps.length > 0) this.port.keep(steps, true)
     if (anew.length > 0) this.port.wrote(anew)
     this.building = false
@@ -233,9 +234,18 @@ export class Replica {
     return document
   }
 
-  private rebuild(again?: ReadonlySet<string>): void {
+  /** Show what other tabs wrote, where it stands; the rest comes once it is acknowledged. */
+  private showForeign(document: Document): Row[] {
+    return this.foreign.filter(row => {
+      const fits = stands(document, row)
+      if (fits) document.apply(row.update)
+      return fits
+    })
+  }
+
+  private rebuild(): void {
     const old = this.document
-    this.document = this.build(again)
+    this.document = this.build()
     old.destroy()
     this.count()
     this.port.rebuilt()
@@ -620,9 +630,11 @@ export class Replica {
   private refuse(rows: readonly Row[], nack: Nack): void {
     if (rows.length > 1) {
       // Which of them it was is not said: each goes alone now, without what other tabs wrote.
+      if (this.alone) return this.giveUp(nack.reason)
       this.alone = true
-      return this.mend(new Set(this.outbox.map(row => row.id)))
+      return this.mend()
     }
+    this.gaps = 0
     const ids = new Set(rows.map(row => row.id))
     const lost = this.outbox.filter(row => ids.has(row.id))
     this.outbox = this.outbox.filter(row => !ids.has(row.id))
@@ -654,15 +666,11 @@ export class Replica {
     this.port.status()
   }
 
-  private mend(again?: ReadonlySet<string>): void {
-    this.rebuild(again)
+  /** What is under way builds on what was refused, or is known to the relay when it comes again. */
+  private mend(): void {
+    this.flights = new Map()
+    this.rebuild()
     this.flush()
-  }
-
-  private forgetFlightsOf(row: string): void {
-    for (const [id, flight] of this.flights) {
-      if (flight.rows.some(one => one.id === row)) this.flights.delete(id)
-    }
   }
 
   private announce(entries: readonly string[]): void {

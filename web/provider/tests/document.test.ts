@@ -219,7 +219,7 @@ describe('composing', () => {
   it('writes at the end of the line what was written after something that never came', () => {
     const document = new Document(1)
     document.compose(said(0), AUTHOR)
-    document.compose(said(5, { after: id(4), fork: true }), AUTHOR)
+    document.compose(document.resolve(said(5, { after: id(4), fork: true })), AUTHOR)
     expect(document.born(id(5))).toMatchObject({ after: id(0), fork: false, clock: 2 })
   })
 
