@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from crdt_llm.sync.outbox import WAITING_BYTES_MAX, WAITING_FRAMES_MAX, Outbox
+from crdt_llm.sync import outbox as outbox_module
+from crdt_llm.sync.outbox import WAITING_BYTES_MAX, WAITING_FRAMES_MAX, Lanes, Outbox
 from crdt_llm.sync.wire import AWARENESS_STATES_MAX, AwarenessState, AwarenessUpdate, decode
 
 if TYPE_CHECKING:
@@ -117,3 +118,117 @@ def test_dropping_all_leaves_nothing() -> None:
     outbox.put_presence([here(7)])
     outbox.drop_all()
     assert not outbox
+
+
+# -- many conversations on one wire ------------------------------------------------------------
+
+
+def presence_frame(channel: int, states: tuple[AwarenessState, ...]) -> bytes:
+    return f"presence {channel} {len(states)}".encode()
+
+
+def lanes() -> Lanes:
+    return Lanes(presence_frame)
+
+
+def everything(waiting: Lanes) -> list[bytes]:
+    taken: list[bytes] = []
+    while (frame := waiting.take()) is not None:
+        taken.append(frame)
+    return taken
+
+
+def test_channels_take_turns_and_keep_their_order() -> None:
+    waiting = lanes()
+    for frame in (b"a1", b"a2", b"a3"):
+        waiting.put_change(1, frame)
+    waiting.put(2, b"b1")
+    waiting.put_first(b"first")
+    assert everything(waiting) == [b"first", b"a1", b"b1", b"a2", b"a3"]
+    assert waiting.waiting_bytes == 0
+
+
+def test_an_acknowledgement_covers_the_one_right_before_it() -> None:
+    waiting = lanes()
+    for number in range(3):
+        waiting.put_ack(1, b"ack %d" % number)
+    waiting.put(1, b"nack 3")
+    waiting.put_ack(1, b"ack 4")
+    assert everything(waiting) == [b"ack 2", b"nack 3", b"ack 4"]
+
+
+def test_an_acknowledgement_that_went_is_not_replaced() -> None:
+    waiting = lanes()
+    waiting.put_ack(1, b"ack 1")
+    assert waiting.take() == b"ack 1"
+    waiting.put_ack(1, b"ack 2")
+    assert everything(waiting) == [b"ack 2"]
+
+
+def test_what_is_owed_goes_between_what_came_before_and_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outbox_module, "WAITING_FRAMES_MAX", 2)
+    waiting = lanes()
+    waiting.put(1, b"opened", opens=True)
+    waiting.put_change(1, b"c1")
+    waiting.put_ack(1, b"ack 1")
+    waiting.put_change(1, b"c2")
+    assert waiting.put_change(1, b"c3") == 1
+    assert waiting.put_change(1, b"c4") is None
+    waiting.put(1, b"nack 2")
+    assert everything(waiting) == [b"opened"]
+    waiting.put_state(1, b"state")
+    waiting.put_change(1, b"c5")
+    assert everything(waiting) == [b"state", b"ack 1", b"nack 2", b"c5"]
+    assert waiting.waiting_bytes == 0
+
+
+def test_the_channel_with_the_most_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox_module, "WAITING_BYTES_MAX", 100)
+    waiting = lanes()
+    assert waiting.put_change(1, b"x" * 80) is None
+    assert waiting.put_change(2, b"y" * 30) == 1
+    assert everything(waiting) == [b"y" * 30]
+
+
+def test_a_change_that_is_alone_may_have_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox_module, "WAITING_BYTES_MAX", 100)
+    waiting = lanes()
+    assert waiting.put_change(1, bytes(500)) is None
+    assert not waiting.has_room
+    assert everything(waiting) == [bytes(500)]
+    assert waiting.has_room
+
+
+def test_the_last_frame_of_a_channel_drops_what_it_would_speak_of_too_early() -> None:
+    waiting = lanes()
+    waiting.put_ack(1, b"ack 1")
+    waiting.put_change(1, b"c1")
+    waiting.put_ack(1, b"ack 2")
+    waiting.put_presence(1, [AwarenessState(7, 1, "{}")])
+    waiting.end(1, b"closed")
+    waiting.put(1, b"opened again", opens=True)
+    waiting.put_presence(1, [AwarenessState(7, 2, "{}")])
+    assert everything(waiting) == [b"ack 1", b"closed", b"opened again", b"presence 1 1"]
+    assert waiting.waiting_bytes == 0
+
+
+def test_presence_waits_for_the_opening_and_alternates_after_it() -> None:
+    waiting = lanes()
+    waiting.put_presence(1, [AwarenessState(7, 1, "{}"), AwarenessState(8, 1, "{}")])
+    waiting.put(1, b"opened", opens=True)
+    waiting.put_change(1, b"c1")
+    assert everything(waiting) == [b"opened", b"presence 1 2", b"c1"]
+
+
+def test_nothing_of_a_connection_that_ended_is_left() -> None:
+    waiting = lanes()
+    waiting.put_first(b"first")
+    waiting.put_change(1, b"c1")
+    waiting.owe(2)
+    waiting.drop_all()
+    assert waiting.take() is None
+    assert waiting.waiting_bytes == 0
+    assert waiting.put_change(2, b"c2") is None
+    assert everything(waiting) == [b"c2"]
