@@ -58,6 +58,10 @@ class PrefillAccount:
         """The first ``tokens`` tokens of a reply are resident, computed while it was sampled."""
         self._known[entry] = max(self._known.get(entry, 0), tokens)
 
+    def known(self, path: Iterable[tuple[str, int]]) -> int:
+        """The first tokens of a path whose KV has been computed."""
+        return self._known_prefix(path)
+
     def charge(self, path: Iterable[str]) -> tuple[int, int]:
         """The tokens computed on a path and not charged yet; they are now.
 

@@ -42,6 +42,7 @@ from crdt_llm.inference.evaluate import (
 )
 from crdt_llm.inference.generation import Generation, Outcome
 from crdt_llm.inference.overflow import Overflow
+from crdt_llm.inference.presence import Doing, NodeState, Presence
 from crdt_llm.inference.reply import Reply, describe
 from crdt_llm.inference.workplace import PRINCIPAL
 
@@ -133,6 +134,8 @@ class Sitting:
         self._ahead = Ahead(shared, conversation, work, self._fed, wake)
         self._lease: Lease | None = None
         self._asking: asyncio.Task[None] | None = None  # for the lease
+        self._presence = Presence(work.seat, work.conversation.client_id, self._look)
+        work.conversation.subscribe(lambda _: self._presence.changed())
         self._running: dict[str, Generation] = {}
         self._outcomes: dict[str, Outcome | None] = {}  # None: to be resumed
 
@@ -144,6 +147,11 @@ class Sitting:
 
     async def act(self) -> bool:
         """Do the one next thing. Says whether there was one."""
+        acted = await self._act()
+        self._presence.changed()
+        return acted
+
+    async def _act(self) -> bool:
         if self._outcomes:
             slot, outcome = self._outcomes.popitem()
             await self._finish(slot, outcome)
@@ -168,10 +176,31 @@ class Sitting:
             tasks.append(self._asking)
         for task in tasks:
             task.cancel()
+        self._presence.close()
         tidying = (self._ahead.stop(), self._overflow.stop())
         await asyncio.gather(*tasks, *tidying, return_exceptions=True)
         self._shared.occupy(-len(self._running))
         self._running.clear()
+
+    def _look(self) -> NodeState | None:
+        """What to show of this node; nothing while another one may be the conversation's."""
+        if not self.work.leased:
+            return None
+        replies = [generation.reply for generation in self._running.values()]
+        waits = any(self.work.conversation.tree.facts(one).slot for one in self._pending)
+        queued = waits and not self._shared.capacity
+        if any(reply.first_at_ms is not None for reply in replies):
+            doing = Doing.GENERATING
+        elif replies or self._ahead.busy or self._overflow.preparing:
+            doing = Doing.PREFILLING
+        else:
+            doing = Doing.QUEUED if queued else Doing.IDLE
+        warm, tokens = self.work.measure({reply.slot: len(reply.own_ids) for reply in replies})
+        return NodeState(self._shared.identity.model, doing, warm, tokens, int(queued))
+
+    @property
+    def _pending(self) -> tuple[str, ...]:
+        return self.work.conversation.tree.pending
 
     def _situation(self) -> Situation:
         shared = self._shared

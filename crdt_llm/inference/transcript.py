@@ -22,7 +22,7 @@ from crdt_llm.errors import BadProof, PromptTooLong
 from crdt_llm.inference.prompt import REDACTED_TEXT, ParentTail
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from crdt_llm.document.conversation import Conversation
     from crdt_llm.document.schema import Entry
@@ -249,6 +249,15 @@ class Transcript:
             await asyncio.sleep(0)
             return True
         return False
+
+    def known_sizes(
+        self, reading: Sequence[str], running: Mapping[str, int]
+    ) -> tuple[tuple[str, int], ...]:
+        """The entries of a reading with the number of their tokens, as far as that is known."""
+        return tuple(
+            (name, running.get(name, len(self._segments.get(name, {}).get(before, ()))))
+            for before, name in pairwise((ROOT, *reading))
+        )
 
     async def count_fitting(
         self, reading: Sequence[str], limit: int, *, from_end: bool = False

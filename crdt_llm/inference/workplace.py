@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from crdt_llm.document.reading import is_summary, is_withdrawn
-from crdt_llm.document.schema import ENDED, REDACTION_DELETES, Role
+from crdt_llm.document.schema import ENDED, REDACTION_DELETES, ROOT, Role
 from crdt_llm.errors import BadProof, LocalMisuse
 from crdt_llm.inference.accounting import PrefillAccount
 from crdt_llm.inference.evaluate import Situation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from crdt_llm.document.conversation import Change, Conversation, Writer
     from crdt_llm.document.schema import Entry
@@ -288,3 +288,19 @@ class Workplace:
         if entry is None:
             raise BadProof(f"entry {name} cannot be read any more")
         return entry
+
+    def measure(self, running: Mapping[str, int]) -> tuple[int, int]:
+        """How much of the shown path is read.
+
+        Args:
+            running: replies at work, each with its tokens so far.
+
+        Returns:
+            Tokens whose KV is there, and all tokens, of what was rendered before; nothing is
+            rendered for this.
+        """
+        tree, head = self.conversation.tree, self.conversation.meta.head
+        tip = tree.tip(head if tree.is_admitted(head) else ROOT)
+        sizes = self.transcript.known_sizes(self.transcript.reading(tip), running)
+        warm = min(self.account.known(sizes), sum(tokens for _, tokens in sizes))
+        return warm, sum(tokens for _, tokens in sizes)

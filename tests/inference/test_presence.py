@@ -1,0 +1,142 @@
+"""What the node shows of itself: what it is doing, at its own pace."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from local_room import LocalRoom, LocalSeat, make_node
+
+from crdt_llm.inference import presence
+from crdt_llm.inference.presence import RENEW_S, SHOW_INTERVAL_S, Doing, NodeState, Presence
+from crdt_llm.inference.process import EngineProcess
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+
+@dataclass
+class Window:
+    """A seat that others can see."""
+
+    loop: asyncio.AbstractEventLoop
+    shown: list[tuple[float, int, int, dict[str, Any]]] = field(default_factory=list)
+
+    def show(self, client: int, clock: int, state: dict[str, Any]) -> None:
+        self.shown.append((self.loop.time(), client, clock, state))
+
+
+class SteppedLoop(asyncio.SelectorEventLoop):
+    """A loop whose clock is moved by hand."""
+
+    now_s = 100.0
+
+    def time(self) -> float:
+        return self.now_s
+
+    def wait(self, seconds: float) -> None:
+        """Let so much time pass, in small steps."""
+        until = self.now_s + seconds
+        while self.now_s < until:
+            self.now_s = min(until, self.now_s + 0.01)
+            self.run_until_complete(asyncio.sleep(0))
+
+
+def test_it_shows_what_changed_at_most_four_times_a_second_and_the_last_state_always() -> None:
+    loop = SteppedLoop()
+    window, read = Window(loop), [0]
+
+    async def change() -> None:
+        one.changed()
+
+    one = Presence(window, 7, lambda: NodeState("m", Doing.GENERATING, read[0], read[0]))
+    for tokens in range(1, 101):
+        read[0] = tokens
+        loop.run_until_complete(change())
+        loop.wait(0.02)
+    loop.wait(SHOW_INTERVAL_S)
+    times = [at for at, *_ in window.shown]
+    assert len(times) <= 2 / SHOW_INTERVAL_S + 2
+    assert all(b - a >= SHOW_INTERVAL_S - 1e-6 for a, b in pairwise(times))
+    assert window.shown[-1][3] == NodeState("m", Doing.GENERATING, 100, 100).plain()
+    assert [clock for _, _, clock, _ in window.shown] == list(range(1, len(times) + 1))
+    one.close()
+    loop.close()
+
+
+def test_what_does_not_change_is_shown_again_only_before_others_take_it_for_gone() -> None:
+    loop = SteppedLoop()
+    window = Window(loop)
+
+    async def change() -> None:
+        one.changed()
+
+    one = Presence(window, 7, lambda: NodeState("m"))
+    for _ in range(50):
+        loop.run_until_complete(change())
+        loop.wait(0.1)
+    assert len(window.shown) == 1
+    loop.wait(RENEW_S)
+    assert len(window.shown) == 2
+    one.close()
+    loop.wait(2 * RENEW_S)
+    assert len(window.shown) == 2
+    loop.close()
+
+
+@dataclass(slots=True)
+class SeenSeat(LocalSeat):
+    shown: list[dict[str, Any]] = field(default_factory=list)
+
+    def show(self, client: int, clock: int, state: dict[str, Any]) -> None:
+        assert client > 0
+        assert clock > 0
+        self.shown.append(state["node"])
+        self.room.changed.set()
+
+
+class SeenRoom(LocalRoom):
+    """A room whose seats can be seen."""
+
+    async def take_seat(self, *given: Any) -> LocalSeat:
+        seat = await super().take_seat(*given)
+        seen = SeenSeat(*(getattr(seat, name) for name in LocalSeat.__slots__))
+        self.seats[self.seats.index(seat)] = seen
+        return seen
+
+
+async def test_people_see_what_the_node_is_doing_and_how_much_it_has_read(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence, "SHOW_INTERVAL_S", 0.0)
+    room = SeenRoom(1)
+    node = make_node(room, tiny_model_dir, lambda: EngineProcess.start(tiny_model_dir, threads=1))
+    await node.start()
+    node.notice(room.id)
+    try:
+        reply = await room.ended(room.ask("hello", temperature=0.0, max_tokens=60, ignore_eos=True))
+        assert reply.usage is not None
+        (seat,) = room.seats
+        assert isinstance(seat, SeenSeat)
+        total = reply.usage.prompt + reply.usage.sampled
+        await room.until(
+            lambda: seat.shown[-1]["doing"] == "idle" and seat.shown[-1]["warm"] == total
+        )
+        doing = [state["doing"] for state in seat.shown]
+        assert "prefilling" in doing
+        assert "generating" in doing
+        assert doing.index("prefilling") < doing.index("generating")
+        assert seat.shown[-1] == {
+            "model": node.identity.model,
+            "doing": "idle",
+            "warm": total,
+            "tokens": total,
+            "queue": 0,
+        }
+        assert all(state["warm"] <= state["tokens"] for state in seat.shown)
+    finally:
+        await node.close()
