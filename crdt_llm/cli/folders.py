@@ -55,6 +55,11 @@ class DataFolder:
         return self.path / "owner.token"
 
     @property
+    def archive(self) -> Path:
+        """What principals have put away."""
+        return self.path / "archive.db"
+
+    @property
     def tokens(self) -> Path:
         """Which other tokens were issued and revoked."""
         return self.path / "tokens.db"

@@ -21,14 +21,17 @@ from filelock import FileLock, Timeout
 from crdt_llm.cli.folders import DataFolder
 from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.errors import Corrupt, DataFolderBusy, ModelUnusable
+from crdt_llm.store.archive import Archive
 from crdt_llm.store.register import SqliteRegister
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.store.token_ledger import TokenLedger
 from crdt_llm.sync.access import Authority, load_or_create_token
+from crdt_llm.sync.conversation_list import ConversationLists
 from crdt_llm.sync.hub import Hub
 from crdt_llm.sync.leases import LeaseOffice
 from crdt_llm.sync.native_peer import RelayIdentity
 from crdt_llm.sync.relay import Relay
+from crdt_llm.sync.requests import Requests
 from crdt_llm.sync.static_page import StaticPage
 
 if TYPE_CHECKING:
@@ -164,6 +167,9 @@ async def serve(folder: DataFolder, *, host: str, port: int, model_dir: Path | N
         hub = Hub(log, register=register, relay_key=relay_key.public)
         office = LeaseOffice(hub.grant_epoch, relay_key.sign, clock=time.monotonic)
         stack.push_async_callback(office.close)
+        archive = Archive.open(folder.archive)
+        stack.callback(archive.close)
+        lists = ConversationLists(hub, archive, clock=now_ms)
         node = None
         if model_dir is not None:
             with _naming(model_dir):
@@ -176,6 +182,8 @@ async def serve(folder: DataFolder, *, host: str, port: int, model_dir: Path | N
             is_valid=authority.is_valid,
             identity=RelayIdentity(relay_key.public, log.log_id),
             leases=office,
+            lists=lists,
+            requests=Requests(lists, authority),
             built_page=_built_page(),
             node_problem=None if node is None else lambda: node.problem,
         )
