@@ -131,7 +131,7 @@ async def _enter(
     for number in range(1, DEVICES_MAX + 1):
         name = device if number == 1 else f"{device}-{number}"
         home = folder.device(name)
-        client = Client(url, data=home, device=name, dial=door.dial)
+        client = Client(url, token=door.token, data=home, device=name, dial=door.dial)
         try:
             await stack.enter_async_context(client)
         except DataFolderBusy:

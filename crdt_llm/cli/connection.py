@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from crdt_llm.cli.folders import read_token
 from crdt_llm.errors import CrdtLlmError, StoreFailed, Unavailable
-from crdt_llm.sync.dial import Address, websocket_dial
+from crdt_llm.sync.dial import Address, native_dial
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -39,20 +39,23 @@ class Door:
     Args:
         url: the relay's address, for people.
         dial: opens sockets.
+        token: who we are to the relay.
     """
 
-    def __init__(self, url: str, dial: Dial) -> None:
+    def __init__(self, url: str, dial: Dial, token: str | None = None) -> None:
         self.url = url
+        self.token = token
         self._dial = dial
         self._failure: Exception | None = None
+        self._is_away = False  # since the last failure, until a conversation is online again
         self._tried = asyncio.Event()
         self._news = asyncio.Event()
 
     @asynccontextmanager
-    async def dial(self, conversation: str) -> AsyncIterator[Socket]:
+    async def dial(self) -> AsyncIterator[Socket]:
         """As the dial inside; what happens is taken down."""
         try:
-            async with self._dial(conversation) as socket:
+            async with self._dial() as socket:
                 self._note(None)
                 yield socket
         except Exception as error:
@@ -62,6 +65,7 @@ class Door:
 
     def _note(self, failure: Exception | None) -> None:
         self._failure = failure
+        self._is_away |= failure is not None
         self._tried.set()
         self._news.set()
 
@@ -75,8 +79,9 @@ class Door:
         if conversation.refused is not None:
             return Standing.REFUSED
         if conversation.online:
+            self._is_away = False
             return Standing.ONLINE
-        return Standing.AWAY if self._failure is not None else Standing.CONNECTING
+        return Standing.AWAY if self._is_away else Standing.CONNECTING
 
     async def reached(self, meanwhile: str) -> None:
         """Wait for the end of the first attempt.
@@ -106,7 +111,7 @@ def door_to(url: str, token_file: Path) -> Door:
     """
     address = Address.parse(url)
     token = address.token if address.token is not None else read_token(token_file)
-    return Door(address.base, websocket_dial(address, token))
+    return Door(address.base, native_dial(address), token)
 
 
 async def known(conversation: OpenConversation, door: Door) -> None:

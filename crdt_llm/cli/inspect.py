@@ -106,7 +106,7 @@ async def _ask_relay(given: str | None, url: str, token_file: Path) -> Conversat
     if given is None or not is_conversation_id(given):
         raise LocalMisuse("with --url, name the conversation by its whole id (22 characters)")
     door = door_to(url, token_file)
-    async with Client(url, device="inspect", dial=door.dial) as client:
+    async with Client(url, token=door.token, device="inspect", dial=door.dial) as client:
         conversation = await client.open(given)
         await known(conversation, door)
         state = conversation.document.diff()

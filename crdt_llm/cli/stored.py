@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from crdt_llm.document.conversation import CLIENT_ID_BITS, Conversation
 from crdt_llm.errors import Corrupt, LocalMisuse, MalformedMessage, StoreFailed
 from crdt_llm.store import sqlite_file
+from crdt_llm.sync.journal import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -72,11 +73,11 @@ def load_stored(path: Path, conversation: str) -> Conversation:
 
 def _replica(loaded: Loaded, path: Path, conversation: str) -> Conversation:
     replica = Conversation(fresh_client_id())
-    updates = [update for _, update in loaded.updates]
     try:
-        for update in updates if loaded.snapshot is None else (loaded.snapshot, *updates):
+        # A device's file keeps apart what the relay has not acknowledged; a relay's has no such.
+        for update in Kept.of(loaded).updates:
             replica.apply(update)
-    except MalformedMessage as error:
+    except (Corrupt, MalformedMessage) as error:
         raise Corrupt(
             f"{path}: what is stored of conversation {conversation} is no document: delete it there"
             " so that a client's replica can bring it back"

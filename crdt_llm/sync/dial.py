@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, Self, TypeAlias
 from urllib.parse import parse_qs, urlsplit
 
 from websockets.asyncio.client import connect
@@ -26,9 +26,8 @@ from crdt_llm.errors import (
     MalformedMessage,
     Refused,
 )
-from crdt_llm.sync import frames
+from crdt_llm.sync.frames import FRAME_BYTES_MAX, SUBPROTOCOL
 from crdt_llm.sync.loopback import is_loopback
-from crdt_llm.sync.wire import FRAME_BYTES_MAX
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -72,14 +71,11 @@ class Socket(Protocol):
         """
 
 
-Dial: TypeAlias = Callable[[str], AbstractAsyncContextManager[Socket]]
-"""Opens a socket for a conversation's id; leaving the context closes it.
+Dial: TypeAlias = Callable[[], AbstractAsyncContextManager[Socket]]
+"""Opens a socket to a relay in the native dialect; leaving the context closes it.
 
 Entering raises ``ConnectionLost`` to try again, or ``Refused`` where that has no use.
 """
-
-NativeDial: TypeAlias = Callable[[], AbstractAsyncContextManager[Socket]]
-"""As :data:`Dial`, for the native dialect: one socket for all conversations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +83,7 @@ class Address:
     """Where a relay is, without any secret.
 
     Attributes:
-        base: the websocket address that conversation ids are appended to; ends with ``/``.
+        base: the websocket address; ends with ``/``.
         token: what the address brought along as ``?token=``.
         is_loopback: whether it is on this machine, where no proxy belongs in between.
     """
@@ -157,72 +153,37 @@ def _lost(error: ConnectionClosed) -> ConnectionLost:
     )
 
 
-def websocket_dial(address: Address, token: str | None) -> Dial:
-    """Dial with websockets.
-
-    The token travels in the ``Authorization`` header: addresses end up in logs.
-
-    Args:
-        address: where the relay is.
-        token: who we are, if the relay asks for that.
-
-    Raises:
-        LocalMisuse: the token does not fit into a header.
-    """
-    token = address.token if token is None else token
-    if token is not None and not (
-        token.isascii() and token.isprintable() and token.strip() == token
-    ):
-        raise LocalMisuse("a token is printable ASCII without spaces around it")
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-
-    def dial(conversation: str) -> AbstractAsyncContextManager[Socket]:
-        return _open(
-            address,
-            path=conversation,
-            additional_headers=headers,
-            max_size=FRAME_BYTES_MAX,
-        )
-
-    return dial
-
-
-def native_dial(address: Address) -> NativeDial:
-    """Dial with websockets in the native dialect, whose first frame brings the token.
+def native_dial(address: Address) -> Dial:
+    """Dial with websockets. Who we are is said in the first frame, so there is no secret here.
 
     Args:
         address: where the relay is.
     """
-
-    def dial() -> AbstractAsyncContextManager[Socket]:
-        return _open(
-            address,
-            subprotocols=[Subprotocol(frames.SUBPROTOCOL)],
-            max_size=frames.FRAME_BYTES_MAX,
-        )
-
-    return dial
+    return lambda: _open(address)
 
 
 @asynccontextmanager
-async def _open(address: Address, *, path: str = "", **options: Any) -> AsyncIterator[Socket]:
+async def _open(address: Address) -> AsyncIterator[Socket]:
     try:
         connection = await connect(
-            address.base + path,
+            address.base,
+            subprotocols=[Subprotocol(SUBPROTOCOL)],
             compression=None,  # our frames are small and the relay's time is dear
             user_agent_header="crdt-llm",
             proxy=None if address.is_loopback else True,
             open_timeout=OPEN_TIMEOUT_S,
             close_timeout=CLOSE_TIMEOUT_S,
+            max_size=FRAME_BYTES_MAX,
             max_queue=FRAMES_BUFFERED_MAX,
             logger=_logger,
-            **options,
         )
     except InvalidStatus as error:
         raise _turned_away(error.response.status_code) from error
     except (OSError, TimeoutError, WebSocketException) as error:
         raise ConnectionLost(f"no connection to {address.base}: {error}") from error
     async with connection:
+        if connection.subprotocol != SUBPROTOCOL:
+            raise Refused("no-dialect", f"what answers at {address.base} is no {SUBPROTOCOL}")
         yield _WebSocket(connection)
 
 

@@ -1,367 +1,229 @@
-"""One connection to a relay, without the connection: the client side of the plain dialect.
+"""One connection to a relay, without the connection: the client side of the native dialect.
 
-This module owns the order of the messages (who says what first, when a device is in sync, what a
-gap means, which close codes are final), the waiting time before another try, and the count of what
-went over the wire. It must not know sockets, tasks, clocks or documents: frames go in and come out
-as bytes, state vectors and updates stay opaque.
+This module owns the first frames, the numbers of channels and requests, whose turn it is to send,
+and the count of what went over the wire. It must not know sockets, tasks, clocks or documents:
+frames go in and come out as bytes, and time is an argument. What happens in a conversation is
+:mod:`crdt_llm.sync.channel`'s.
 
-A link lives as long as its socket. Both sides open with Step1; a device is *in sync* when the
-relay's Step2 was merged. What a device writes before it has answered the relay's Step1 needs no
-frame of its own: the answer carries it.
+    hello -> Welcome -> (channels, requests, the list)
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections import deque
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import TYPE_CHECKING, Final, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from crdt_llm.errors import (
-    AuthenticationFailed,
-    ConnectionLost,
-    Forbidden,
-    LocalMisuse,
-    MalformedMessage,
-    Refused,
-    TooLarge,
-)
-from crdt_llm.sync.verdict import CloseCode
-from crdt_llm.sync.wire import (
-    UPDATE_BYTES_MAX,
-    AuthDenied,
-    AwarenessState,
-    AwarenessUpdate,
-    QueryAwareness,
-    SyncStep1,
-    SyncStep2,
-    SyncUpdate,
-    decode,
+from crdt_llm.errors import LocalMisuse, MalformedMessage, Unavailable
+from crdt_llm.sync.channel import Channel
+from crdt_llm.sync.frames import (
+    CHANNEL_MAX,
+    VERSION,
+    Ack,
+    Answer,
+    Change,
+    Closed,
+    Hello,
+    Listed,
+    Nack,
+    Opened,
+    Presence,
+    Request,
+    State,
+    Watch,
+    Welcome,
+    decode_from_relay,
     encode,
 )
 
 if TYPE_CHECKING:
-    from random import Random
+    from collections.abc import Callable, Mapping
 
-    from crdt_llm.sync.wire import Message
+    from crdt_llm.sync.channel import Event
+    from crdt_llm.sync.frames import FromClient, FromRelay
+    from crdt_llm.sync.local_replica import Written
+    from crdt_llm.sync.presence import Company
+    from crdt_llm.sync.traffic import Traffic
 
-OUTGOING_FRAMES_MAX: Final = 1024
-"""Frames waiting for a slow socket. Beyond it the connection is given up: one Step2 on the next
-one carries the same in fewer bytes than ever more single updates."""
+DRAFT_EVERY_S: Final = 0.1
+"""At most ten hints of what is being typed in a second: more than a node can make use of."""
 
-DEVICES_MAX: Final = 256
-"""Other devices remembered as present. A person has a handful; a crowd is for a dashboard."""
-
-DEVICE_CHARACTERS_MAX: Final = 64
-"""Characters of a device's name that others show: it is sent anew every 15 seconds."""
-
-RETRY_FIRST_S: Final = 0.25
-"""The longest first wait: a relay that restarts is back within a second."""
-
-RETRY_LAST_S: Final = 30.0
-"""The longest wait of all: a laptop that wakes up should not sit next to a live relay for long."""
-
-_FINAL_CODES: Final = range(4400, 4500)
-"""Close codes that mean "do not come back with the same request", as y-websocket 3 reads them."""
-
-_KINDS: Final[dict[int, type[Refused]]] = {
-    CloseCode.UNAUTHENTICATED: AuthenticationFailed,
-    CloseCode.FORBIDDEN: Forbidden,
-    CloseCode.TOO_LARGE: TooLarge,
-}
-_CODED_REASON: Final = re.compile(r"([a-z][a-z0-9-]*): (.+)", re.DOTALL)
-
-
-@dataclass(slots=True)
-class Count:
-    """Frames and bytes one way and the other, websocket framing included, TCP and TLS not."""
-
-    sent_frames: int = 0
-    sent_bytes: int = 0
-    received_frames: int = 0
-    received_bytes: int = 0
-
-    def sent(self, payload: int) -> None:
-        """Count a frame with so many bytes of payload on its way out."""
-        self.sent_frames += 1
-        self.sent_bytes += framed_bytes(payload, masked=True)
-
-    def received(self, payload: int) -> None:
-        """Count a frame with so many bytes of payload that came in."""
-        self.received_frames += 1
-        self.received_bytes += framed_bytes(payload, masked=False)
-
-
-@dataclass(slots=True)
-class Traffic:
-    """What a conversation cost on the wire since it was opened.
-
-    Attributes:
-        sync: connecting, reconnecting and staying there: Step1, Step2 and presence.
-        live: what was written while connected: the updates of turns and replies.
-    """
-
-    sync: Count = field(default_factory=Count)
-    live: Count = field(default_factory=Count)
-
-    def of(self, message: Message) -> Count:
-        """The count that a message belongs to."""
-        return self.live if isinstance(message, SyncUpdate) else self.sync
-
-
-def framed_bytes(payload: int, *, masked: bool) -> int:
-    """Bytes of one unfragmented websocket frame (RFC 6455, 5.2); clients mask, servers do not."""
-    length = 0 if payload < 126 else 2 if payload < 2**16 else 8  # noqa: PLR2004 - the RFC's steps
-    return 2 + length + (4 if masked else 0) + payload
-
-
-def refusal(code: int, reason: str) -> Refused | None:
-    """What a close code means: ``None`` to come back, or the refusal that it stands for.
-
-    Args:
-        code: the websocket close code.
-        reason: what the relay said, with its word for programs in front (``word: sentence``);
-            empty if it said nothing.
-    """
-    if code not in _FINAL_CODES:
-        return None
-    kind = _KINDS.get(code, Refused)
-    if coded := _CODED_REASON.fullmatch(reason):
-        return kind(coded[1], coded[2])
-    known = code in CloseCode.__members__.values()
-    word = CloseCode(code).name.lower().replace("_", "-") if known else f"refused-{code}"
-    return kind(word, reason or f"the relay refused this conversation ({word}) and gave no reason")
-
-
-class Backoff:
-    """How long to wait before the next try: doubling, with half of it left to chance.
-
-    Chance keeps the devices of a relay that restarts from coming back all at once.
-    """
-
-    def __init__(self, random: Random) -> None:
-        self._random = random
-        self._tries = 0
-
-    def reset(self) -> None:
-        """Begin again with short waits; only a completed sync earns that."""
-        self._tries = 0
-
-    def next_s(self) -> float:
-        """The next wait in seconds."""
-        longest = min(RETRY_LAST_S, RETRY_FIRST_S * 2.0 ** min(self._tries, 16))
-        self._tries += 1
-        return longest * (0.5 + 0.5 * self._random.random())
-
-
-class Phase(StrEnum):
-    """Where a link stands."""
-
-    NEW = "new"  # nothing was said yet
-    SYNCING = "syncing"  # our Step1 is on its way, the relay's Step2 is not merged yet
-    SYNCED = "synced"  # the relay's Step2 was merged
-
-
-class Merge(StrEnum):
-    """How the merge of an offered update went."""
-
-    WHOLE_STEP2 = "whole step2"
-    GAP_STEP2 = "gap in step2"
-    WHOLE_UPDATE = "whole update"
-    GAP_UPDATE = "gap in update"
-
-
-# Where a merge leads. What is not here is the relay's fault: its Step2 left out what we said that
-# we lack, and asking a second time for the same would go on for ever.
-_AFTER_MERGE: Final[dict[tuple[Phase, Merge], Phase]] = {
-    (Phase.SYNCING, Merge.WHOLE_STEP2): Phase.SYNCED,
-    (Phase.SYNCING, Merge.WHOLE_UPDATE): Phase.SYNCING,
-    (Phase.SYNCING, Merge.GAP_UPDATE): Phase.SYNCING,  # the Step2 to come brings it
-    (Phase.SYNCED, Merge.WHOLE_STEP2): Phase.SYNCED,
-    (Phase.SYNCED, Merge.WHOLE_UPDATE): Phase.SYNCED,
-    (Phase.SYNCED, Merge.GAP_UPDATE): Phase.SYNCING,  # ask anew
-    (Phase.SYNCED, Merge.GAP_STEP2): Phase.SYNCING,  # one that we had not asked for
-}
+REQUESTS_MAX: Final = 64
+"""Requests that wait for an answer: a person makes one at a time."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """The relay says what it has; :meth:`Link.answer` it with the rest."""
+class Happened:
+    """Something to be done about a conversation."""
 
-    state_vector: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Offered:
-    """Something to merge; tell the link how it went with :meth:`Link.merged`."""
-
-    update: bytes
-    step2: bool
+    channel: Channel
+    event: Event
 
 
-@dataclass(frozen=True, slots=True)
-class DevicesChanged:
-    """Another device came, went or changed its name."""
-
-
-Event: TypeAlias = Asked | Offered | DevicesChanged
+LinkEvent: TypeAlias = Welcome | Listed | Answer | Happened
 
 
 class Link:
     """The client side of one connection.
 
     Args:
-        client: the client id that presence is announced under.
+        token: who we are; ``None`` if the handshake said so.
         device: this device's name.
-        traffic: where frames are counted.
+        traffic: where frames are counted that belong to no conversation.
     """
 
-    def __init__(self, client: int, device: str, traffic: Traffic) -> None:
-        self.phase = Phase.NEW
-        self._client = client
-        self._device = device[:DEVICE_CHARACTERS_MAX]
+    def __init__(self, token: str | None, device: str, traffic: Traffic) -> None:
+        self.welcome: Welcome | None = None
+        self._device = device
         self._traffic = traffic
-        self._answered = False  # whether the relay's Step1 was answered: from then on updates flow
-        self._outgoing: deque[Message] = deque()
-        self._presence_clock = 0
-        self._present: dict[int, tuple[int, str]] = {}  # client -> (clock, name of the device)
-        self._denied = ""
+        self._frames: deque[FromClient] = deque()
+        self._channels: dict[int, Channel] = {}
+        self._traffic_of: dict[int, Traffic] = {}
+        self._last_channel = 0
+        self._turn: deque[Channel] = deque()  # whose turn it is to send
+        self._last_request = 0
+        self._asked: set[int] = set()
+        self._draft_at_s = 0.0
+        self._hello: Hello | None = None  # to be said
+        self._is_greeting = False  # it was, and nothing else may be until there is an answer
+        self.say_hello(token)
 
-    # -- out -----------------------------------------------------------------------------------
+    # -- what the application says -------------------------------------------------------------
 
-    def open(self, state_vector: bytes) -> None:
-        """Say what this device has, and its name."""
-        if self.phase is not Phase.NEW:
-            raise LocalMisuse("a link is opened once; make a new one for a new connection")
-        self.phase = Phase.SYNCING
-        self._put(SyncStep1(state_vector))
-        self.renew()
+    def say_hello(self, token: str | None) -> None:
+        """Say who we are; once more to renew the token."""
+        self._hello = Hello(VERSION, token, self._device, None)
 
-    def answer(self, update: bytes) -> None:
-        """Answer the relay's Step1 with everything that it lacks.
-
-        Raises:
-            TooLarge: it does not fit into a frame.
-        """
-        if len(update) > UPDATE_BYTES_MAX:
-            raise TooLarge(
-                "document-too-large",
-                f"the relay lacks {len(update)} bytes of this conversation, over the limit of"
-                f" {UPDATE_BYTES_MAX}",
-            )
-        self._answered = True
-        self._put(SyncStep2(update))
-
-    def publish(self, update: bytes) -> None:
-        """Send what this device wrote, unless the answer to the relay's Step1 will carry it.
+    def channel(
+        self, company: Company, next_to_send: Callable[[int], Written | None], traffic: Traffic
+    ) -> Channel:
+        """A new channel; open it.
 
         Raises:
-            ConnectionLost: too much waits for a slow socket; give the connection up.
+            LocalMisuse: the relay has not said who it is yet.
+            Unavailable: so many are open already.
         """
-        if self._answered:
-            self._put(SyncUpdate(update))
+        if self.welcome is None:
+            raise LocalMisuse("a channel is opened once the relay is known")
+        if len(self._channels) > CHANNEL_MAX:
+            raise Unavailable("too many conversations are open")
+        while (number := self._last_channel) in self._channels:
+            self._last_channel = (self._last_channel + 1) % (CHANNEL_MAX + 1)
+        self._last_channel = (number + 1) % (CHANNEL_MAX + 1)
+        channel = self._channels[number] = Channel(number, company, next_to_send)
+        self._traffic_of[number] = traffic
+        self._turn.append(channel)
+        return channel
 
-    def renew(self) -> None:
-        """Announce this device (again): relays forget presence after 30 s of silence."""
-        self._presence_clock += 1  # peers ignore a state at clock 0
-        state = json.dumps({"device": self._device}, ensure_ascii=False, separators=(",", ":"))
-        self._put(AwarenessUpdate((AwarenessState(self._client, self._presence_clock, state),)))
+    def watch(self, *, on: bool) -> None:
+        """Hear of one's own list of conversations, or no more."""
+        self._frames.append(Watch(on))
 
-    def _put(self, message: Message) -> None:
-        if len(self._outgoing) >= OUTGOING_FRAMES_MAX:
-            raise ConnectionLost(f"over {OUTGOING_FRAMES_MAX} frames wait for the relay")
-        self._outgoing.append(message)
+    def request(self, name: str, arguments: Mapping[str, Any]) -> int:
+        """Ask for something; the answer has the same number.
 
-    def data_to_send(self) -> bytes | None:
+        Raises:
+            Unavailable: too many requests wait.
+        """
+        if len(self._asked) >= REQUESTS_MAX:
+            raise Unavailable("too many requests wait for the relay's answer")
+        self._last_request += 1
+        self._asked.add(self._last_request)
+        self._frames.append(Request(self._last_request, name, arguments))
+        return self._last_request
+
+    # -- what goes out -------------------------------------------------------------------------
+
+    def data_to_send(self, now_s: float) -> bytes | None:
         """The next frame to send, or ``None``."""
-        if not self._outgoing:
+        if self._is_greeting:
             return None
-        message = self._outgoing.popleft()
-        frame = encode(message)
-        self._traffic.of(message).sent(len(frame))
-        return frame
+        if self._hello is not None:
+            hello, self._hello = self._hello, None
+            self._is_greeting = True
+            return self._counted(hello, self._traffic)
+        if self._frames:
+            return self._counted(self._frames.popleft(), self._traffic)
+        for _ in range(len(self._turn)):  # each may send one, then the next
+            channel = self._turn[0]
+            self._turn.rotate(-1)
+            taken = channel.take(now_s)
+            if taken is not None:
+                return self._counted(taken, self._traffic_of[channel.number])
+        if now_s >= self._draft_at_s:
+            drafting = next((channel for channel in self._turn if channel.has_draft), None)
+            if drafting is not None:
+                self._draft_at_s = now_s + DRAFT_EVERY_S
+                traffic = self._traffic_of[drafting.number]
+                return self._counted(drafting.take_draft(), traffic)
+        return None
 
-    # -- in ------------------------------------------------------------------------------------
+    def _counted(self, frame: FromClient, traffic: Traffic) -> bytes:
+        data = encode(frame)
+        traffic.of(frame).sent(len(data))
+        return data
 
-    def receive(self, frame: bytes) -> Event | None:
+    def due_s(self, now_s: float) -> float:
+        """When there is something to send again without anything else happening."""
+        if self._is_greeting:
+            return float("inf")
+        due_s = min((channel.due_s(now_s) for channel in self._turn), default=float("inf"))
+        if any(channel.has_draft for channel in self._turn):
+            due_s = min(due_s, self._draft_at_s)
+        return due_s
+
+    # -- what comes in -------------------------------------------------------------------------
+
+    def receive(self, data: bytes, now_s: float) -> LinkEvent | None:
         """Take one frame in.
 
         Returns:
             What is to be done about it, if anything.
 
         Raises:
-            MalformedMessage: it is no message of the dialect.
+            MalformedMessage: it is no message of the dialect, or none that may come now.
         """
-        message = decode(frame)
-        self._traffic.of(message).received(len(frame))
-        match message:
-            case SyncStep1(state_vector):
-                return Asked(state_vector)
-            case SyncStep2(update):
-                return Offered(update, step2=True)
-            case SyncUpdate(update):
-                return Offered(update, step2=False)
-            case AwarenessUpdate(states):
-                return self._hear_of(states)
-            case AuthDenied(reason):
-                self._denied = reason  # the close that follows says whether it is final
-                return None
-            case QueryAwareness():
-                self.renew()
-                return None
+        frame = decode_from_relay(data)
+        if self.welcome is None and not isinstance(frame, Welcome):
+            raise MalformedMessage("the relay did not say who it is")
+        match frame:
+            case Opened() | Change() | State() | Ack() | Nack() | Presence() | Closed():
+                return self._of_channel(frame, len(data), now_s)
+            case _:
+                self._traffic.of(frame).received(len(data))
+                return self._of_connection(frame)
 
-    def merged(self, offer: Offered, *, gap: bool, state_vector: bytes) -> None:
-        """Say how the merge of an offered update went.
+    def _of_connection(self, frame: FromRelay) -> LinkEvent | None:
+        match frame:
+            case Welcome():
+                if frame.version != VERSION:
+                    raise MalformedMessage(f"the relay speaks version {frame.version}")
+                self.welcome = frame
+                self._is_greeting = False
+                return frame
+            case Listed():
+                return frame
+            case Answer(identity):
+                if identity not in self._asked:
+                    raise MalformedMessage("the relay answered what nobody asked")
+                self._asked.discard(identity)
+                return frame
+            case _:
+                raise MalformedMessage(f"{type(frame).__name__} is for nodes")
 
-        Args:
-            offer: the event.
-            gap: it builds on something this device does not have, and was left out.
-            state_vector: what this device has now.
-
-        Raises:
-            MalformedMessage: the relay's Step2 leaves out what we said that we lack.
-        """
-        if offer.step2:
-            result = Merge.GAP_STEP2 if gap else Merge.WHOLE_STEP2
-        else:
-            result = Merge.GAP_UPDATE if gap else Merge.WHOLE_UPDATE
-        phase = _AFTER_MERGE.get((self.phase, result))
-        if phase is None:
-            raise MalformedMessage(f"the relay sent a {result} while {self.phase}")
-        if self.phase is Phase.SYNCED and phase is Phase.SYNCING:
-            self._put(SyncStep1(state_vector))
-        self.phase = phase
-
-    def refusal(self, lost: ConnectionLost) -> Refused | None:
-        """What the end of the connection means: ``None`` to come back, or a refusal."""
-        return refusal(lost.code, self._denied or lost.reason)
-
-    # -- presence ------------------------------------------------------------------------------
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        """The names of the other devices that are here now, sorted."""
-        return tuple(sorted(name for _, name in self._present.values()))
-
-    def _hear_of(self, states: tuple[AwarenessState, ...]) -> DevicesChanged | None:
-        before = self.devices
-        for state in states:
-            if state.client == self._client:
-                continue  # a relay echoes us, so that silent peers keep their connection
-            known = self._present.get(state.client)
-            if known is not None and state.clock < known[0]:
-                continue
-            if state.state_json is None:
-                self._present.pop(state.client, None)
-            elif known is not None or len(self._present) < DEVICES_MAX:
-                self._present[state.client] = (state.clock, _device_name(state.state_json))
-        return DevicesChanged() if self.devices != before else None
-
-
-def _device_name(state_json: str) -> str:
-    """The name in a state; other clients may show other things, or nothing."""
-    state = json.loads(state_json)  # the codec has checked that it is JSON
-    name = state.get("device") if isinstance(state, dict) else None
-    return name[:DEVICE_CHARACTERS_MAX] if isinstance(name, str) else ""
+    def _of_channel(
+        self,
+        frame: Opened | Change | State | Ack | Nack | Presence | Closed,
+        size: int,
+        now_s: float,
+    ) -> LinkEvent | None:
+        channel = self._channels.get(frame.channel)
+        if channel is None:
+            raise MalformedMessage("the relay speaks of a channel that is not open")
+        self._traffic_of[channel.number].of(frame).received(size)
+        event = channel.receive(frame, now_s)
+        if isinstance(frame, Closed):
+            del self._channels[channel.number]
+            del self._traffic_of[channel.number]
+            self._turn.remove(channel)
+        return None if event is None else Happened(channel, event)

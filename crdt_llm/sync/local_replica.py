@@ -1,8 +1,14 @@
 """One conversation as this device has it: the replica in memory and its log on disk, kept as one.
 
-This module owns the promise that a local write is on disk before anyone hears of it, the order of
-what goes to disk, what happens when the disk says no, and when the log is compacted. It must not
-know sockets, the dialect, or what a write means.
+This module owns the promise that a local write is on disk before anyone hears of it, the line
+between what the relay has acknowledged and what it has not, what becomes of a refused write, what
+happens when the disk says no, and when the log is compacted. It must not know sockets or frames.
+
+The document that is shown is the acknowledged part with the outbox on top: the writes of this
+device that the relay has not acknowledged yet, each with what it *meant*. A refused write leaves
+clocks that no other replica will ever have. So the document is then built anew from the
+acknowledged part, under a fresh client id; the rest of the outbox is written again by what it
+meant; and what was refused becomes a draft on this device. One record on disk says all of that.
 
 Everything goes to disk through one queue, in the order in which the replica took it, so that no
 update in the log ever builds on one that is missing there. A local write is urgent and takes
@@ -27,16 +33,32 @@ from typing import TYPE_CHECKING, Final
 
 from crdt_llm.document.conversation import EMPTY_STATE_VECTOR, Conversation
 from crdt_llm.errors import Corrupt, CrdtLlmError, LocalMisuse, MalformedMessage, StoreFailed
-from crdt_llm.sync.structure import find_gap, read_update
-from crdt_llm.sync.wire import CLIENT_ID_MAX, decode_state_vector
+from crdt_llm.sync import intents
+from crdt_llm.sync.journal import (
+    Acknowledged,
+    Discarded,
+    Heard,
+    Kept,
+    Position,
+    RefusedWrite,
+    Rewrote,
+    Whole,
+    Wrote,
+    decode,
+    encode,
+)
+from crdt_llm.sync.structure import brings, find_gap, read_update
+from crdt_llm.sync.wire import CLIENT_ID_MAX, decode_state_vector, encode_state_vector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping
     from random import Random
 
     from crdt_llm.document.conversation import Change, Writer
-    from crdt_llm.store.log import Loaded, UpdateLog
-    from crdt_llm.sync.structure import Missing
+    from crdt_llm.store.log import UpdateLog
+    from crdt_llm.sync.intents import Intent
+    from crdt_llm.sync.journal import Record
+    from crdt_llm.sync.structure import Missing, UpdateStructure
 
 logger = logging.getLogger("crdt_llm.sync")
 
@@ -61,13 +83,43 @@ COMPACT_RATIO: Final = 1.0
 next start by more than once, and a byte is rewritten about once for each time the document doubles.
 """
 
+_FORBIDDEN: Final = "forbidden"
+"""The rule that says that one may not write here at all: it is broken by all that waits."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True, eq=False)
+class Written:
+    """A write of this device that the relay has not acknowledged.
+
+    Attributes:
+        number: grows with each write of this replica; written again it has a new one.
+        update: its bytes.
+        intent: what it meant.
+        ends: client -> the first clock after it.
+        deletes: it deletes something, which clocks do not tell.
+        durable: it is on disk, so that others may hear of it.
+    """
+
+    number: int
+    update: bytes = field(repr=False)
+    intent: Intent
+    ends: Mapping[int, int]
+    deletes: bool
+    durable: bool = False
+
+    def is_in(self, clocks: Mapping[int, int]) -> bool:
+        """Whether clocks say that whoever has them has this write; if unsure, not."""
+        ends = self.ends.items()
+        return not self.deletes and all(clocks.get(client, 0) >= end for client, end in ends)
+
+
+@dataclass(slots=True, eq=False)
 class _Waiting:
-    """An update on its way to the disk."""
+    """A record on its way to the disk."""
 
-    update: bytes
-    local: bool
+    record: bytes
+    local: bool  # it never happened if the disk does not take it
+    numbers: tuple[int, ...] = ()  # writes that others may hear of once it is durable
     done: asyncio.Future[None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -93,14 +145,20 @@ class LocalReplica:
         self._clients: set[int] = set()  # every id that was ever drawn for this replica
         self._document = Conversation(self._fresh_client())
         self._stale = True  # the document is not what the log and the queue say: build it anew
+        self._acknowledged: dict[int, int] = {}  # client -> first clock that the relay may lack
+        self._outbox: dict[int, Written] = {}  # by number, in order
+        self._refused: dict[int, RefusedWrite] = {}
+        self._last_number = 0
+        self._relay_log: str | None = None
+        self._relay_lsn = 0
         self._moving = asyncio.Lock()  # held while updates go to the log, or log and queue are read
         self._change_listeners: list[Callable[[Change | None], None]] = []
-        self._durable_listeners: list[Callable[[bytes], None]] = []
+        self._outbox_listeners: list[Callable[[frozenset[str] | None], None]] = []
         self._queue: list[_Waiting] = []
         self._queued_bytes = 0
         self._work = asyncio.Event()  # something waits for the disk
         self._urgent = asyncio.Event()  # and somebody waits for it
-        self._lsn = 0
+        self._lsn = 0  # of our own log
         self._log_bytes = 0
         self._snapshot_bytes = 0
         self._redacted = False  # withdrawn text lies in the log, and maybe in its free pages
@@ -143,16 +201,50 @@ class LocalReplica:
         """Whether nothing is known of this conversation yet."""
         return self._document.state_vector() == EMPTY_STATE_VECTOR
 
+    @property
+    def outbox(self) -> tuple[Written, ...]:
+        """What the relay has not acknowledged, in order."""
+        return tuple(self._outbox.values())
+
+    @property
+    def refused_writes(self) -> tuple[RefusedWrite, ...]:
+        """What the relay refused, in order, until it is discarded."""
+        return tuple(self._refused.values())
+
+    @property
+    def position(self) -> tuple[str | None, int]:
+        """The relay's log, and up to where in it everything is here."""
+        return self._relay_log, self._relay_lsn
+
+    @property
+    def acknowledged(self) -> Mapping[int, int]:
+        """The clocks of the acknowledged part: client -> first clock that is not in it."""
+        return self._acknowledged
+
+    def next_to_send(self, after: int) -> Written | None:
+        """The first write with a greater number that is on disk."""
+        first = next(iter(self._outbox), 0)
+        for number in range(max(after + 1, first), self._last_number + 1):
+            written = self._outbox.get(number)
+            if written is not None:
+                return written if written.durable else None
+        return None
+
     def on_change(self, listener: Callable[[Change | None], None]) -> None:
         """Call ``listener`` after every change; with ``None`` when the replica was built anew."""
         self._change_listeners.append(listener)
 
-    def on_durable(self, listener: Callable[[bytes], None]) -> None:
-        """Call ``listener`` with every local write, in order, once it is on disk."""
-        self._durable_listeners.append(listener)
+    def on_outbox(self, listener: Callable[[frozenset[str] | None], None]) -> None:
+        """Call ``listener`` with the entries of writes that became durable or were acknowledged.
 
-    async def diff(self, state_vector: bytes = EMPTY_STATE_VECTOR) -> bytes:
-        """All that a replica with ``state_vector`` lacks. Holds only what is on disk of our own.
+        With ``None`` it is called when others, with new numbers, took the place of the outbox.
+        """
+        self._outbox_listeners.append(listener)
+
+    async def diff(self, state_vector: bytes = EMPTY_STATE_VECTOR) -> tuple[bytes, tuple[int, ...]]:
+        """All that a replica with ``state_vector`` lacks, and the numbers of the writes in it.
+
+        Of our own it holds only what is on disk.
 
         Raises:
             MalformedMessage: the bytes are no state vector.
@@ -162,8 +254,24 @@ class LocalReplica:
             await self._ready()
             writes = [item.done for item in self._queue if item.local]
             if not writes:
-                return self._document.diff(state_vector)
+                return self._document.diff(state_vector), tuple(self._outbox)
             await asyncio.wait(writes)
+
+    async def acknowledged_diff(self, state_vector: bytes) -> bytes:
+        """What a replica with ``state_vector`` lacks of the acknowledged part.
+
+        Raises:
+            StoreFailed: it cannot be read from the disk now.
+            Corrupt: what is stored is not what was written.
+        """
+        await self._ready()
+        if not self._outbox:
+            return self._document.diff(state_vector)
+        async with self._moving:
+            kept = Kept.of(await self._log.load(self.conversation_id))
+            for item in self._queue:
+                kept.take(decode(item.record))
+            return self._applied(kept.acknowledged).diff(state_vector)
 
     # -- writing -------------------------------------------------------------------------------
 
@@ -184,9 +292,7 @@ class LocalReplica:
         """
         await self._ready()
         try:
-            with self._document.writing() as writer:
-                compose(self._document, writer)
-            change = writer.change
+            change = self._written(compose)
             if check is not None and change is not None:
                 check(change, self._document)
         except BaseException:
@@ -196,13 +302,31 @@ class LocalReplica:
             raise
         if change is None or change.is_empty:
             return
-        item = self._put(change.update, local=True)
+        written = self._add(change)
+        item = self._put(
+            Wrote(written.number, written.update), local=True, numbers=(written.number,)
+        )
         self._urgent.set()
         # Cancelled, the caller does not hear the end of it; what was written stays written.
         await asyncio.shield(item.done)
 
-    async def merge(self, update: bytes) -> Missing | None:
-        """Merge an update from the relay.
+    def _written(self, compose: Callable[[Conversation, Writer], None]) -> Change | None:
+        with self._document.writing() as writer:
+            compose(self._document, writer)
+        return writer.change
+
+    def _add(self, change: Change) -> Written:
+        self._last_number += 1
+        written = _of(self._last_number, change.update, intents.intent_of(change))
+        self._outbox[written.number] = written
+        return written
+
+    async def merge(self, update: bytes, lsn: int = 0) -> Missing | None:
+        """Merge what the relay sent: it is durable there, so it is acknowledged.
+
+        Args:
+            update: a Yjs update.
+            lsn: with it, everything up to here in the relay's log is here.
 
         Returns:
             ``None``, or what it builds on that is not here; then nothing was merged.
@@ -214,29 +338,196 @@ class LocalReplica:
         """
         await self._ready()
         structure = read_update(update)
-        missing = find_gap(structure, decode_state_vector(self._document.state_vector()))
+        missing = find_gap(structure, self._acknowledged)
         if missing is not None:
-            return missing
+            missing = self._acknowledge_below(structure)
+            if missing is not None:
+                return missing
         try:
-            change = self._document.apply(update)
+            self._document.apply(update)
         except MalformedMessage:
             self._stale = True
             await self._mend()
             raise
-        if change.is_empty:
+        self._relay_lsn = max(self._relay_lsn, lsn)
+        if not (structure.deleted or brings(structure, self._acknowledged)):
             return None
-        item = self._put(change.update, local=False)
+        _raise_to(self._acknowledged, structure.ends)
+        item = self._put(Heard(update, lsn), local=False)
+        self._acknowledge_known()
         if self._queued_bytes > WAITING_BYTES_MAX:
             self._urgent.set()
             await asyncio.shield(item.done)
         return None
 
-    def _put(self, update: bytes, *, local: bool) -> _Waiting:
-        item = _Waiting(update, local)
+    def _acknowledge_below(self, structure: UpdateStructure) -> Missing | None:
+        """Find the writes of ours that an update from the relay builds on: it must have them."""
+        clocks = dict(self._acknowledged)
+        for written in self._outbox.values():
+            if written.durable:
+                _raise_to(clocks, written.ends)
+        missing = find_gap(structure, clocks)
+        if missing is not None:
+            return missing
+        clocks, numbers = dict(self._acknowledged), []
+        for written in self._outbox.values():
+            if find_gap(structure, clocks) is None:
+                break
+            _raise_to(clocks, written.ends)
+            numbers.append(written.number)
+        self.acknowledge(numbers)
+        return None
+
+    def _acknowledge_known(self) -> None:
+        """Take out of the outbox what has come back from the relay."""
+        known = [one.number for one in self._outbox.values() if one.is_in(self._acknowledged)]
+        if known:
+            self.acknowledge(known)
+
+    def acknowledge(self, numbers: Iterable[int]) -> None:
+        """The relay has these writes of ours. Those that are not in the outbox are ignored."""
+        taken = [self._outbox.pop(number) for number in numbers if number in self._outbox]
+        if not taken:
+            return
+        for written in taken:
+            _raise_to(self._acknowledged, written.ends)
+        self._put(Acknowledged(tuple(written.number for written in taken)), local=False)
+        self._tell_outbox(taken)
+
+    def settle(self, log: str | None, lsn: int) -> None:
+        """From here on the relay's LSNs are of this log, and everything up to ``lsn`` is here.
+
+        Without a log the position is forgotten: the state vector tells the relay what is here.
+        """
+        if (log, lsn) != (self._relay_log, self._relay_lsn):
+            self._relay_log, self._relay_lsn = log, lsn
+            self._put(Position(log, lsn), local=False)
+
+    # -- refusals ------------------------------------------------------------------------------
+
+    async def refuse(self, numbers: Iterable[int], code: str, rule: str, reason: str) -> None:
+        """Take writes of ours back: the relay refused them as one.
+
+        The document is built anew without them, all that waited behind them is written again, and
+        what they said becomes a draft. If they were several, which one it was is not known: they
+        are written again one by one, and nothing is refused yet.
+
+        Raises:
+            StoreFailed: the log cannot be read now; nothing has changed.
+            Corrupt: it is damaged.
+        """
+        async with self._moving:
+            if self._stale:
+                await self._build()
+            kept = Kept.of(await self._log.load(self.conversation_id))
+            for item in self._queue:
+                kept.take(decode(item.record))
+            culprits = [number for number in numbers if number in self._outbox]
+            if not culprits:
+                return
+            self._rewrite(kept, culprits, code, rule, reason)
+
+    def _rewrite(self, kept: Kept, culprits: list[int], code: str, rule: str, reason: str) -> None:
+        """Build the document and the outbox anew; the caller holds the lock."""
+        before, pending = self.outbox, [item for item in self._queue if item.local]
+        waiting = {number for item in pending for number in item.numbers}
+        joined = intents.split(
+            tuple(edit for number in culprits for edit in self._outbox[number].intent)
+        )
+        is_known = len(joined) == 1
+        self._document = self._applied(kept.acknowledged)
+        self._stale = False
+        self._outbox.clear()
+        gone: dict[str, str] = {}
+        refused: list[RefusedWrite] = []
+        again: dict[int, Written | None] = {}  # what was written again, by its old number
+        for written in before:
+            if written.number in culprits and not is_known:
+                if written.number == culprits[0]:
+                    for part in joined:
+                        self._write_again(part)
+                continue
+            is_hopeless = rule == _FORBIDDEN and written.number not in waiting
+            if written.number in culprits or is_hopeless:
+                self._last_number += 1
+                refused.append(RefusedWrite(self._last_number, code, rule, reason, written.intent))
+                gone |= intents.entries_of(written.intent)
+                continue
+            intent = intents.without(written.intent, gone)
+            stays = intents.entries_of(intent)
+            adds = intents.entries_of(written.intent)
+            gone |= {entry: after for entry, after in adds.items() if entry not in stays}
+            again[written.number] = self._write_again(intent)
+        self._document.subscribe(self._changed)
+        self._refused |= {one.id: one for one in refused}
+        self._queue_rewritten(pending, again, refused)
+        logger.info(
+            "conversation %s: %d writes refused (%s: %s), %d left",
+            self.conversation_id,
+            len(refused),
+            code,
+            reason,
+            len(self._outbox),
+        )
+        for listener in self._change_listeners:
+            listener(None)
+        self._tell_outbox(None)
+
+    def _write_again(self, intent: Intent) -> Written | None:
+        change = self._written(lambda document, writer: intents.write(intent, document, writer))
+        return None if change is None or change.is_empty else self._add(change)
+
+    def _queue_rewritten(
+        self,
+        pending: list[_Waiting],
+        again: Mapping[int, Written | None],
+        refused: Iterable[RefusedWrite],
+    ) -> None:
+        """Queue the record of a new outbox, and behind it what still waits as a local write.
+
+        If the disk refuses one of those, it never happened; what was on disk is there anyway.
+        """
+        local = {number: again.get(number) for item in pending for number in item.numbers}
+        numbers = {written.number for written in local.values() if written is not None}
+        kept = [written for written in self._outbox.values() if written.number not in numbers]
+        rewrote = Rewrote(tuple(Wrote(one.number, one.update) for one in kept), tuple(refused))
+        self._queue = [item for item in self._queue if not item.local]
+        self._put(rewrote, local=False, numbers=tuple(one.number for one in kept))
+        for item in pending:
+            written = next((local[number] for number in item.numbers), None)
+            nothing = Acknowledged(())
+            record = nothing if written is None else Wrote(written.number, written.update)
+            item.record = encode(record)
+            item.numbers = () if written is None else (written.number,)
+            self._queue.append(item)
+        self._queued_bytes = sum(len(item.record) for item in self._queue)
+        self._urgent.set()
+
+    async def discard(self, refused: int) -> None:
+        """Forget a refused write; one that is not there is forgotten already.
+
+        Raises:
+            StoreFailed: it may be there again after a restart.
+        """
+        if self._refused.pop(refused, None) is not None:
+            item = self._put(Discarded(refused), local=False)
+            self._tell_outbox(frozenset())
+            self._urgent.set()
+            await asyncio.shield(item.done)
+
+    def _put(self, record: Record, *, local: bool, numbers: tuple[int, ...] = ()) -> _Waiting:
+        item = _Waiting(encode(record), local, numbers)
         self._queue.append(item)
-        self._queued_bytes += len(update)
+        self._queued_bytes += len(item.record)
         self._work.set()
         return item
+
+    def _tell_outbox(self, writes: Iterable[Written] | None) -> None:
+        entries = None
+        if writes is not None:
+            entries = frozenset(entry for one in writes for entry in intents.entries_of(one.intent))
+        for listener in self._outbox_listeners:
+            listener(entries)
 
     # -- the replica ---------------------------------------------------------------------------
 
@@ -262,34 +553,61 @@ class LocalReplica:
     async def _build(self) -> None:
         """Build the replica from the log and what waits for it; the caller holds the lock."""
         loaded = await self._log.load(self.conversation_id)
-        document = self._built(loaded)
-        while document.client_id in decode_state_vector(document.state_vector()):
-            document = self._built(loaded)  # once in four billion times
+        kept = Kept.of(loaded)
+        on_disk = frozenset(kept.outbox)
+        for item in self._queue:
+            kept.take(decode(item.record))
+        for update in kept.outbox.values():
+            self._clients.update(read_update(update).structs)
+        document = self._applied(kept.acknowledged)
         self._lsn = loaded.lsn
         self._log_bytes = sum(len(update) for _, update in loaded.updates)
         self._snapshot_bytes = len(loaded.snapshot or b"")
+        self._relay_log, self._relay_lsn = kept.log, kept.lsn
+        self._acknowledged = decode_state_vector(document.state_vector())
+        self._refused = dict(kept.refused)
+        self._last_number = max(self._last_number, kept.last_number)
+        self._outbox = self._outbox_of(document, kept, on_disk)
         document.subscribe(self._changed)
         self._document = document
         self._stale = False
         for listener in self._change_listeners:
             listener(None)
 
-    def _built(self, loaded: Loaded) -> Conversation:
+    def _outbox_of(
+        self, document: Conversation, kept: Kept, on_disk: frozenset[int]
+    ) -> dict[int, Written]:
+        """Put the writes that wait onto a document of the acknowledged part."""
+        outbox: dict[int, Written] = {}
+        for number, update in kept.outbox.items():
+            change = self._apply(document, update)
+            self._redacted |= _withdraws(change)
+            known = self._outbox.get(number)
+            if known is not None and known.update == update:
+                outbox[number] = known
+            else:
+                outbox[number] = _of(number, update, intents.intent_of(change))
+                outbox[number].durable = number in on_disk
+        return outbox
+
+    def _applied(self, updates: Iterable[bytes]) -> Conversation:
+        """A document of its own, under a client id that nobody ever wrote under."""
         document = Conversation(self._fresh_client())
+        for update in updates:
+            # Whoever wrote it was killed before the text was gone from the disk.
+            self._redacted |= _withdraws(self._apply(document, update))
+        if document.client_id in decode_state_vector(document.state_vector()):
+            return self._applied((document.diff(),))  # once in four billion times
+        return document
+
+    def _apply(self, document: Conversation, update: bytes) -> Change:
         try:
-            if loaded.snapshot is not None:
-                document.apply(loaded.snapshot)
-            for _, update in loaded.updates:
-                # Whoever wrote it was killed before the text was gone from the disk.
-                self._redacted |= _withdraws(document.apply(update))
+            return document.apply(update)
         except MalformedMessage as error:
             raise Corrupt(
                 f"the stored replica of conversation {self.conversation_id} cannot be read;"
                 " move the file away, and the conversation comes back from the relay"
             ) from error
-        for item in self._queue:
-            document.apply(item.update)
-        return document
 
     def _changed(self, change: Change) -> None:
         self._redacted |= _withdraws(change)
@@ -334,19 +652,22 @@ class LocalReplica:
             batch = self._batch()
             try:
                 self._lsn = await self._log.append(
-                    self.conversation_id, [item.update for item in batch]
+                    self.conversation_id, [item.record for item in batch]
                 )
             except CrdtLlmError as error:
                 await self._give_up(error)
                 return False
             del self._queue[: len(batch)]
+            durable: list[Written] = []
             for item in batch:
-                self._queued_bytes -= len(item.update)
-                self._log_bytes += len(item.update)
-                if item.local:
-                    for listener in self._durable_listeners:
-                        listener(item.update)
+                self._queued_bytes -= len(item.record)
+                self._log_bytes += len(item.record)
+                durable += [self._outbox[n] for n in item.numbers if n in self._outbox]
                 item.done.set_result(None)
+            for written in durable:
+                written.durable = True
+            if durable:
+                self._tell_outbox(durable)
             await self._compact_if_due()
             return True
 
@@ -355,7 +676,7 @@ class LocalReplica:
 
         def fits(item: _Waiting) -> bool:
             nonlocal size
-            size += len(item.update)
+            size += len(item.record)
             return size <= COMMIT_BYTES_MAX
 
         return list(takewhile(fits, self._queue[:COMMIT_UPDATES_MAX])) or self._queue[:1]
@@ -375,8 +696,8 @@ class LocalReplica:
             error,
         )
         # Those who wait for room hear of it; the updates themselves stay, with nobody waiting.
-        self._queue = [_Waiting(item.update, local=False) for item in kept]
-        self._queued_bytes = sum(len(item.update) for item in kept)
+        self._queue = [_Waiting(item.record, local=False, numbers=item.numbers) for item in kept]
+        self._queued_bytes = sum(len(item.record) for item in kept)
         if lost:
             self._stale = True
             try:
@@ -387,14 +708,19 @@ class LocalReplica:
         for item in (*lost, *kept):
             item.fail(error)
 
+    # -- compaction ----------------------------------------------------------------------------
+
     async def _compact_if_due(self) -> None:
         """Fold the log into a snapshot, if that is worth it; the caller holds the lock."""
         due = self._log_bytes > max(COMPACT_BYTES_MIN, COMPACT_RATIO * self._snapshot_bytes)
         # With something in the queue the document is ahead of the log: the next commit will see.
         if not (due or self._redacted) or self._queue or self._stale:
             return
-        snapshot, scrub = self._document.diff(), self._redacted
+        scrub = self._redacted
         try:
+            snapshot = await self._snapshot()
+            if snapshot is None:
+                return
             await self._log.compact(self.conversation_id, snapshot, self._lsn)
             self._log_bytes, self._snapshot_bytes = 0, len(snapshot)
             if scrub:
@@ -403,6 +729,64 @@ class LocalReplica:
         except (StoreFailed, Corrupt) as error:
             # Nothing is lost by a long log. After the next commit it is tried again.
             logger.warning("conversation %s was not compacted: %s", self.conversation_id, error)
+
+    async def _snapshot(self) -> bytes | None:
+        """All of it in one record, without what was withdrawn; ``None`` if that has to wait."""
+        if self._outbox:
+            kept = Kept.of(await self._log.load(self.conversation_id))
+            if self._queue or self._stale:
+                return None  # somebody wrote meanwhile: after the next commit
+            redacted = frozenset(filter(self._is_redacted, self._document.tree.entries))
+            acknowledged = self._applied(kept.acknowledged)
+            with acknowledged.writing() as writer:
+                for entry in redacted & set(acknowledged.tree.entries):
+                    writer.clear(entry)
+            self._join_withdrawn(redacted)
+            update = acknowledged.diff()
+        else:
+            update = self._document.diff()
+        return encode(
+            Whole(
+                update,
+                self._relay_log,
+                self._relay_lsn,
+                tuple(Wrote(one.number, one.update) for one in self._outbox.values()),
+                tuple(self._refused.values()),
+                self._last_number,
+            )
+        )
+
+    def _is_redacted(self, entry: str) -> bool:
+        return self._document.has(entry, "redacted")
+
+    def _join_withdrawn(self, redacted: frozenset[str]) -> None:
+        """Let go of text that was withdrawn before the relay acknowledged it.
+
+        The clocks of a write may have arrived there, so they must stay what they are; its text goes
+        when the document's own form of it is sent instead, for all that waits as one.
+        """
+        waiting = tuple(edit for one in self._outbox.values() for edit in one.intent)
+        if not any(
+            isinstance(edit, intents.Add) and edit.entry in redacted and edit.content is not None
+            for edit in waiting
+        ):
+            return
+        update = self._document.diff(encode_state_vector(self._acknowledged))
+        self._last_number += 1
+        joined = _of(self._last_number, update, intents.withdrawn(waiting, redacted))
+        joined.durable = True
+        self._outbox = {joined.number: joined}
+        self._tell_outbox(None)
+
+
+def _of(number: int, update: bytes, intent: Intent) -> Written:
+    structure = read_update(update)
+    return Written(number, update, intent, structure.ends, bool(structure.deleted))
+
+
+def _raise_to(clocks: dict[int, int], ends: Mapping[int, int]) -> None:
+    for client, end in ends.items():
+        clocks[client] = max(clocks.get(client, 0), end)
 
 
 def _withdraws(change: Change) -> bool:

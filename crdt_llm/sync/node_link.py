@@ -66,7 +66,7 @@ from crdt_llm.sync.frames import (
     encode,
 )
 from crdt_llm.sync.leases import Granted, LeaseWish
-from crdt_llm.sync.link import Backoff, refusal
+from crdt_llm.sync.retrying import Backoff, refusal
 from crdt_llm.sync.verdict import CloseCode
 from crdt_llm.sync.wire import decode_state_vector
 

@@ -28,6 +28,7 @@ from crdt_llm.inference.process import EngineProcess
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.sync.access import TokenAccess
 from crdt_llm.sync.hub import Hub
+from crdt_llm.sync.native_peer import RelayIdentity
 from crdt_llm.sync.relay import Relay
 
 if TYPE_CHECKING:
@@ -70,7 +71,11 @@ async def serving(
             return engine
 
         node.surroundings = replace(node.surroundings, start_engine=start_engine)
-        relay = Relay(hub, authenticate=TokenAccess("token").authenticate)
+        relay = Relay(
+            hub,
+            authenticate=TokenAccess("token").authenticate,
+            identity=RelayIdentity(bytes(32), log.log_id),
+        )
         await relay.start()
         await node.start()
         hub.subscribe(node.notice)

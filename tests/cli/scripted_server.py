@@ -26,6 +26,7 @@ from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.sync.access import TokenAccess, load_or_create_token
 from crdt_llm.sync.hub import Hub
 from crdt_llm.sync.leases import LeaseOffice
+from crdt_llm.sync.native_peer import RelayIdentity
 from crdt_llm.sync.relay import Relay
 
 if TYPE_CHECKING:
@@ -133,7 +134,11 @@ class Server:
         hub = Hub(log, register=register, relay_key=relay_key.public)
         office = LeaseOffice(hub.grant_epoch, relay_key.sign, clock=time.monotonic)
         hub.subscribe(lambda _: self.changed.set())
-        relay = Relay(hub, authenticate=TokenAccess(token).authenticate)
+        relay = Relay(
+            hub,
+            authenticate=TokenAccess(token).authenticate,
+            identity=RelayIdentity(bytes(32), log.log_id),
+        )
         self._stack.push_async_callback(relay.stop)
         if self.with_node:
             await self._start_node(hub, office)

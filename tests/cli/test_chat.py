@@ -67,7 +67,11 @@ class Device:
     def __init__(self, server: Server, name: str = "terminal", url: str | None = None) -> None:
         self.door: Door = door_to(url or server.url, server.folder.token)
         self.client = Client(
-            server.url, data=server.folder.device(name), device=name, dial=self.door.dial
+            server.url,
+            data=server.folder.device(name),
+            device=name,
+            token=self.door.token,
+            dial=self.door.dial,
         )
         self.out, self.notes = Paper(), Paper()
 

@@ -35,7 +35,7 @@ class Failing(AbstractAsyncContextManager["Socket"]):
 
 
 def failing(error: Exception) -> Door:
-    def dial(_: str) -> AbstractAsyncContextManager[Socket]:
+    def dial() -> AbstractAsyncContextManager[Socket]:
         return Failing(error)
 
     return Door("ws://relay/", dial)
@@ -82,7 +82,7 @@ async def test_news_come_after_every_attempt() -> None:
     door = failing(ConnectionLost("nobody"))
     for _ in range(2):
         with pytest.raises(ConnectionLost):
-            async with door.dial("x"):
+            async with door.dial():
                 pass
         await door.news()
 

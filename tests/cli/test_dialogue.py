@@ -62,7 +62,11 @@ class Sitting:
         self._stack = contextlib.AsyncExitStack()
         self.door = door_to(url or server.url, server.folder.token)
         self.client = Client(
-            server.url, data=server.folder.device(name), device=name, dial=self.door.dial
+            server.url,
+            data=server.folder.device(name),
+            device=name,
+            token=self.door.token,
+            dial=self.door.dial,
         )
 
     async def __aenter__(self) -> Self:

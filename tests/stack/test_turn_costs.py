@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Self
@@ -13,13 +14,17 @@ import tiny_model
 from crdt_llm import Client
 from crdt_llm.cli.embedded_node import make_node
 from crdt_llm.cli.folders import DataFolder
+from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.document.schema import State
 from crdt_llm.inference.engine import Prefilled, Sampled
 from crdt_llm.inference.process import EngineProcess
 from crdt_llm.inference.prompt import ParentTail
+from crdt_llm.store.register import SqliteRegister
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.sync.access import TokenAccess, load_or_create_token
 from crdt_llm.sync.hub import Hub
+from crdt_llm.sync.leases import LeaseOffice
+from crdt_llm.sync.native_peer import RelayIdentity
 from crdt_llm.sync.relay import Relay
 
 if TYPE_CHECKING:
@@ -88,6 +93,7 @@ class Stack:
         self._exit = AsyncExitStack()
         self._unsubscribe: Callable[[], None]
         self.hub: Hub
+        self.office: LeaseOffice
         self.node: Node
         self.url = ""
 
@@ -95,8 +101,17 @@ class Stack:
         self.token = load_or_create_token(self.folder.token)
         log = await SqliteLog.open(self.folder.log)
         self._exit.push_async_callback(log.close)
-        self.hub = Hub(log)
-        relay = Relay(self.hub, authenticate=TokenAccess(self.token).authenticate)
+        register = await SqliteRegister.open(self.folder.register)
+        self._exit.push_async_callback(register.close)
+        relay_key = SigningKey(load_or_create_secret(self.folder.key("relay")))
+        self.hub = Hub(log, register=register, relay_key=relay_key.public)
+        self.office = LeaseOffice(self.hub.grant_epoch, relay_key.sign, clock=time.monotonic)
+        self._exit.push_async_callback(self.office.close)
+        relay = Relay(
+            self.hub,
+            authenticate=TokenAccess(self.token).authenticate,
+            identity=RelayIdentity(relay_key.public, log.log_id),
+        )
         await relay.start("127.0.0.1", 0)
         self._exit.push_async_callback(relay.stop)
         host, port = relay.address
@@ -109,7 +124,7 @@ class Stack:
         await self._exit.aclose()
 
     async def start_node(self) -> None:
-        self.node = make_node(self.folder, self.hub, self._model_dir)
+        self.node = make_node(self.folder, self.hub, self._model_dir, self.office)
         await self.forget_everything()
 
         async def lend() -> Engine:

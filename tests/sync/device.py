@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sync.plain_link import Asked, Offered, PlainLink
+
 from crdt_llm.document.conversation import EMPTY_UPDATE, Conversation
 from crdt_llm.document.schema import Birth, Born, Role, conversation_id, entry_id
-from crdt_llm.sync.link import Asked, Link, Offered, Traffic
 from crdt_llm.sync.structure import find_gap, read_update
 from crdt_llm.sync.wire import decode_state_vector
 
@@ -36,7 +37,7 @@ class Device:
         self.replica = Conversation(random.randrange(1, 2**32))
         self.written: list[bytes] = []
         self.received: list[bytes] = []
-        self.link: Link | None = None
+        self.link: PlainLink | None = None
 
     # -- writing -------------------------------------------------------------------------------
 
@@ -95,8 +96,8 @@ class Device:
 
     # -- a connection --------------------------------------------------------------------------
 
-    def connect(self) -> Link:
-        self.link = Link(self.replica.client_id, "test", Traffic())
+    def connect(self) -> PlainLink:
+        self.link = PlainLink(self.replica.client_id, "test")
         self.link.open(self.replica.state_vector())
         return self.link
 

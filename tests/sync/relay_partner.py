@@ -1,7 +1,8 @@
 """A relay and node for the client's tests: a real server in one class, made to misbehave at will.
 
-It speaks the plain dialect over real websockets from the codec and the replica alone. It checks
-nothing, keeps everything in memory, and plays the node's part when a test asks it to.
+It speaks the native dialect over real websockets from the codec and the replica alone. It checks
+nothing but what a test tells it to, keeps everything in memory, and plays the node's part when a
+test asks it to.
 """
 
 from __future__ import annotations
@@ -9,32 +10,54 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from contextlib import suppress
-from typing import TYPE_CHECKING, Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
 
 from websockets.asyncio.server import serve
 from websockets.exceptions import ConnectionClosed
+from websockets.typing import Subprotocol
 
-from crdt_llm.document.conversation import Conversation
+from crdt_llm.document.conversation import EMPTY_UPDATE, Conversation
 from crdt_llm.document.schema import Place, State, Usage
-from crdt_llm.sync.structure import find_gap, read_update
-from crdt_llm.sync.wire import (
-    AuthDenied,
-    AwarenessUpdate,
-    SyncStep1,
-    SyncStep2,
-    SyncUpdate,
-    decode,
-    decode_state_vector,
+from crdt_llm.sync.frames import (
+    SUBPROTOCOL,
+    VERSION,
+    Ack,
+    Answer,
+    Change,
+    Closed,
+    Code,
+    Draft,
+    Hello,
+    Leave,
+    Listed,
+    Nack,
+    Open,
+    Opened,
+    Presence,
+    Pull,
+    Request,
+    Restore,
+    Update,
+    Watch,
+    Welcome,
+    decode_from_client,
     encode,
 )
+from crdt_llm.sync.frames import (
+    State as StateFrame,
+)
+from crdt_llm.sync.structure import find_gap, read_update
+from crdt_llm.sync.wire import decode_state_vector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from websockets.asyncio.server import Server, ServerConnection
 
     from crdt_llm.document.conversation import Writer
-    from crdt_llm.sync.wire import Message
+    from crdt_llm.sync.frames import FromClient, FromRelay
+    from crdt_llm.sync.wire import AwarenessState
 
 TOKEN = "open sesame"  # noqa: S105 - the key to a server that lives for one test
 
@@ -43,20 +66,36 @@ class Partner:
     """A relay on a port of its own.
 
     Attributes:
-        refusal: close every new connection with this code and reason, after the auth message.
-        heard: every message that clients sent, per conversation, in order.
+        refusal: close every new channel with this code and reason.
+        judge: says of an update whether it is refused, and how; ``None`` takes it.
+        acknowledges: whether it answers updates; what it took meanwhile it has.
+        heard: every message of a conversation that clients sent, in order.
         frames: the sizes of the frames that they came in.
+        hellos: every Hello.
+        requests: every request; answered by ``answers``, by name.
+        listed: what a watcher is told at first.
     """
 
     def __init__(self, *, token: str | None = TOKEN) -> None:
         self.token = token
+        self.principal = "owner"
+        self.key = bytes(32)
+        self.log = "log-1"
         self.refusal: tuple[int, str] | None = None
-        self.heard: defaultdict[str, list[Message]] = defaultdict(list)
+        self.judge: Callable[[Update | Restore], tuple[Code, str, str] | None] = lambda _: None
+        self.acknowledges = True
+        self.heard: defaultdict[str, list[FromClient]] = defaultdict(list)
         self.frames: defaultdict[str, list[int]] = defaultdict(list)
+        self.hellos: list[Hello] = []
+        self.requests: list[Request] = []
+        self.answers: dict[str, Answer] = {}
+        self.listed: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
         self.connections = 0
         self.paths: list[str] = []
         self._documents: dict[str, Conversation] = {}
-        self._sockets: defaultdict[str, set[ServerConnection]] = defaultdict(set)
+        self._lsns: defaultdict[str, int] = defaultdict(int)
+        self._channels: defaultdict[str, dict[ServerConnection, int]] = defaultdict(dict)
+        self._watchers: set[ServerConnection] = set()
         self._server: Server | None = None
         self._port = 0
         self._news = asyncio.Event()
@@ -74,7 +113,13 @@ class Partner:
 
     async def start(self) -> None:
         """Listen, on the port of the last time."""
-        self._server = await serve(self._serve, "127.0.0.1", self._port, compression=None)
+        self._server = await serve(
+            self._serve,
+            "127.0.0.1",
+            self._port,
+            compression=None,
+            subprotocols=[Subprotocol(SUBPROTOCOL)],
+        )
         self._port = next(iter(self._server.sockets)).getsockname()[1]
 
     async def stop(self, code: int = 1012) -> None:
@@ -85,18 +130,26 @@ class Partner:
             await server.wait_closed()
 
     async def drop(self, conversation: str, code: int = 1013, reason: str = "") -> None:
-        """Close the connections of one conversation."""
-        for socket in tuple(self._sockets[conversation]):
+        """Close the connections that a conversation is open on."""
+        for socket in tuple(self._channels[conversation]):
             await socket.close(code, reason)
+
+    async def shut(self, conversation: str, code: int, reason: str = "") -> None:
+        """Close the channels of one conversation; their connections go on."""
+        channels, self._channels[conversation] = self._channels[conversation], {}
+        for socket, channel in channels.items():
+            await self._say(socket, Closed(channel, code, reason))
 
     def abort(self, conversation: str) -> None:
         """Break the connections of one conversation without a word."""
-        for socket in tuple(self._sockets[conversation]):
+        for socket in tuple(self._channels[conversation]):
             socket.transport.abort()
 
     def forget(self, conversation: str) -> None:
         """Lose everything of a conversation, as a wiped relay has."""
         self._documents.pop(conversation, None)
+        self._lsns.pop(conversation, None)
+        self.log += "'"
 
     def document(self, conversation: str) -> Conversation:
         if conversation not in self._documents:
@@ -116,12 +169,26 @@ class Partner:
         with self.document(conversation).writing() as writer:
             compose(writer)
         assert writer.change is not None
-        self.send(conversation, SyncUpdate(writer.change.update))
+        self.change(conversation, writer.change.update)
 
-    def send(self, conversation: str, message: Message) -> None:
-        frame = encode(message)
-        for socket in self._sockets[conversation]:
-            socket.loop.create_task(self._deliver(socket, frame))
+    def change(self, conversation: str, update: bytes) -> None:
+        """Send every client a change, whatever it is."""
+        self._lsns[conversation] += 1
+        for socket, channel in self._channels[conversation].items():
+            frame = Change(channel, self._lsns[conversation], update)
+            socket.loop.create_task(self._say(socket, frame))
+
+    def say_presence(self, conversation: str, *states: AwarenessState) -> None:
+        """Tell every client who is here."""
+        for socket, channel in self._channels[conversation].items():
+            socket.loop.create_task(self._say(socket, Presence(channel, states)))
+
+    async def list_more(
+        self, *conversations: tuple[str, Mapping[str, Any] | None], whole: bool = False
+    ) -> None:
+        """Tell every watcher of changes in the list."""
+        for socket in self._watchers:
+            await self._say(socket, Listed(whole, True, conversations))
 
     def admit(self, conversation: str, *entries: str) -> None:
         """Place entries one after the other at the end of their line."""
@@ -162,66 +229,118 @@ class Partner:
         assert socket.request is not None
         self.connections += 1
         self.paths.append(socket.request.path)
-        conversation = socket.request.path[1:]
-        given = socket.request.headers.get("Authorization")
+        opened: dict[int, str] = {}
         try:
-            if self.token is not None and given != f"Bearer {self.token}":
-                await self._refuse(socket, 4401, "unauthenticated: who are you?")
-            elif self.refusal is not None:
-                await self._refuse(socket, *self.refusal)
-            else:
-                self._sockets[conversation].add(socket)
-                await self._converse(socket, conversation)
+            async for frame in socket:
+                assert isinstance(frame, bytes)
+                await self._hear(socket, opened, frame)
+                self._news.set()
         except ConnectionClosed:
             pass  # clients come and go
         finally:
-            self._sockets[conversation].discard(socket)
+            self._watchers.discard(socket)
+            for conversation in opened.values():
+                self._channels[conversation].pop(socket, None)
             self._news.set()
 
-    @staticmethod
-    async def _refuse(socket: ServerConnection, code: int, reason: str) -> None:
-        await socket.send(encode(AuthDenied(reason)))
-        await socket.close(code, reason[:100])
+    async def _hear(self, socket: ServerConnection, opened: dict[int, str], frame: bytes) -> None:
+        message = decode_from_client(frame)
+        match message:
+            case Hello(_, token):
+                self.hellos.append(message)
+                if self.token is not None and token != self.token:
+                    await socket.close(4401, "unauthenticated: who are you?")
+                    return
+                welcome = Welcome(VERSION, self.principal, self.key, None, self.log)
+                await self._say(socket, welcome)
+                return
+            case Watch():
+                self._watchers.add(socket)
+                await self._say(socket, Listed(True, True, self.listed))
+                return
+            case Request(identity, name):
+                self.requests.append(message)
+                answer = self.answers.get(name, Answer(identity, None, "unknown", "no such thing"))
+                await self._say(socket, replace(answer, id=identity))
+                return
+            case Open(channel, conversation):
+                opened[channel] = conversation
+            case _:
+                channel = message.channel  # type: ignore[union-attr]
+        conversation = opened[channel]
+        self.heard[conversation].append(message)
+        self.frames[conversation].append(len(frame))
+        await self._in_conversation(socket, conversation, message)
 
-    async def _converse(self, socket: ServerConnection, conversation: str) -> None:
-        self._news.set()
-        await socket.send(encode(SyncStep1(self.document(conversation).state_vector())))
-        asked: bytes | None = None
-        checked = False
-        async for frame in socket:
-            assert isinstance(frame, bytes)
-            message = decode(frame)
-            self.heard[conversation].append(message)
-            self.frames[conversation].append(len(frame))
-            match message:
-                case SyncStep1(state_vector):
-                    asked = state_vector
-                case SyncStep2(update) | SyncUpdate(update):
-                    await self._merge(socket, conversation, update)
-                    checked = True
-                case AwarenessUpdate():
-                    for other in tuple(self._sockets[conversation]):
-                        await self._deliver(other, frame)
-                case _:
-                    raise AssertionError(f"a client has no business to send {message}")
-            if checked and asked is not None:
-                answer = SyncStep2(self.document(conversation).diff(asked))
-                await socket.send(encode(answer))
-                asked = None
-            self._news.set()
-
-    async def _merge(self, socket: ServerConnection, conversation: str, update: bytes) -> None:
+    async def _in_conversation(
+        self, socket: ServerConnection, conversation: str, message: FromClient
+    ) -> None:
         document = self.document(conversation)
+        match message:
+            case Open(channel, _, log, lsn, state_vector):
+                if self.refusal is not None:
+                    await self._say(socket, Closed(channel, *self.refusal))
+                    return
+                self._channels[conversation][socket] = channel
+                here = log == self.log and lsn == self._lsns[conversation]
+                await self._say(
+                    socket,
+                    Opened(
+                        channel,
+                        self.log,
+                        self._lsns[conversation],
+                        EMPTY_UPDATE if here else document.diff(state_vector),
+                        document.state_vector(),
+                        "owner",
+                        False,
+                    ),
+                )
+            case Update() | Restore():
+                await self._take(socket, conversation, message)
+            case Pull(channel, state_vector):
+                lsn = self._lsns[conversation]
+                state = StateFrame(channel, lsn, document.diff(state_vector))
+                await self._say(socket, state)
+            case Presence(_, states):
+                for other, number in tuple(self._channels[conversation].items()):
+                    if other is not socket:
+                        await self._say(other, Presence(number, states))
+            case Leave(channel):
+                self._channels[conversation].pop(socket, None)
+                await self._say(socket, Closed(channel, 1000, "left"))
+            case Draft():
+                pass
+            case _:
+                raise AssertionError(f"a client has no business to send {message}")
+
+    async def _take(
+        self, socket: ServerConnection, conversation: str, message: Update | Restore
+    ) -> None:
+        document = self.document(conversation)
+        refused = self.judge(message)
         known = decode_state_vector(document.state_vector())
-        if find_gap(read_update(update), known) is not None:
-            await socket.send(encode(SyncStep1(document.state_vector())))
+        if refused is not None:
+            nack = Nack(message.channel, message.id, *refused, None, None)
+            if refused[0] in {Code.UNAVAILABLE, Code.RATE_LIMITED}:
+                nack = replace(nack, retry_ms=10)
+            await self._say(socket, nack)
             return
-        change = document.apply(update)
+        if find_gap(read_update(message.update), known) is not None:
+            have = document.state_vector()
+            gap = Nack(message.channel, message.id, Code.GAP, "", "there is a gap", None, have)
+            await self._say(socket, gap)
+            return
+        change = document.apply(message.update)
         if not change.is_empty:
-            for other in self._sockets[conversation] - {socket}:
-                await self._deliver(other, encode(SyncUpdate(update)))
+            self._lsns[conversation] += 1
+            for other, number in tuple(self._channels[conversation].items()):
+                if other is not socket:
+                    frame = Change(number, self._lsns[conversation], message.update)
+                    await self._say(other, frame)
+        if self.acknowledges:
+            await self._say(socket, Ack(message.channel, message.id, self._lsns[conversation]))
 
     @staticmethod
-    async def _deliver(socket: ServerConnection, frame: bytes) -> None:
+    async def _say(socket: ServerConnection, frame: FromRelay) -> None:
         with suppress(ConnectionClosed):  # it will sync when it comes back
-            await socket.send(frame)
+            await socket.send(encode(frame))

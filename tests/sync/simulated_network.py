@@ -12,9 +12,10 @@ from collections import deque
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from crdt_llm.errors import ConnectionLost, CrdtLlmError
+from crdt_llm.errors import AuthenticationFailed, ConnectionLost, Stopping
+from crdt_llm.sync.access import Pass
 from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.peer import RemotePeer
+from crdt_llm.sync.native_peer import NativeConnection, RelayIdentity
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Mapping
@@ -62,66 +63,77 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self.close()
 
 
+def _admit(token: str | None) -> Pass:
+    """Tokens are names here."""
+    if not token:
+        raise AuthenticationFailed("unauthenticated", "who are you?")
+    return Pass(token)
+
+
 class Line:
     """One connection: frames in order, each some time on its way, until it breaks.
 
     Args:
         random: draws the delays.
-        noise: the chance that a frame comes twice.
+        noise: the chance that it breaks with a frame on its way.
     """
 
-    def __init__(self, random: Random, noise: float) -> None:
-        self.broken = False
+    def __init__(self, random: Random, noise: float, hub: Hub, identity: RelayIdentity) -> None:
         self.ended: ConnectionLost | None = None  # after what is on its way down
+        self.broken = False
         self._random = random
         self._noise = noise
+        self._connection = NativeConnection(
+            hub, identity, admit=_admit, came_with="owner", wake=self._woken
+        )
         self._up: deque[bytes] = deque()
         self._down: deque[bytes] = deque()
         self._news = asyncio.Condition()
-        self._peer = RemotePeer("owner", self._woken)
         self._wakes = asyncio.Event()
         self._pumps = [asyncio.create_task(self._pump_up()), asyncio.create_task(self._pump_down())]
-
-    async def enter(self, hub: Hub, conversation: str) -> None:
-        try:
-            await hub.enter(conversation, self._peer)
-        except CrdtLlmError as error:
-            self._peer.refuse(error)
 
     def cut(self) -> None:
         """Break it: what is on its way is lost, and neither side is told more."""
         self.broken = True
         self.ended = ConnectionLost("the line was cut")
-        self._peer.leave()
+        self._connection.leave()
         for pump in self._pumps:
             pump.cancel()
         self._wakes.set()
 
+    def dismiss(self) -> None:
+        """The relay stops, and says so."""
+        self._connection.refuse(Stopping("restarting"))
+
     def _woken(self) -> None:
         self._wakes.set()
 
-    async def _travel(self) -> int:
-        """Take some time; how often the frame arrives."""
+    async def _travel(self) -> bool:
+        """Take some time; whether the frame arrives."""
         await asyncio.sleep(self._random.choice((0.0, 0.01, 0.1)))
-        return 2 if self._random.random() < self._noise else 1
+        if self._random.random() < self._noise:
+            asyncio.get_running_loop().call_soon(self.cut)
+            await self._tell()
+            return False
+        return True
 
     async def _pump_up(self) -> None:
         while True:
             async with self._news:
                 await self._news.wait_for(lambda: self._up)
             frame = self._up.popleft()
-            for _ in range(await self._travel()):
-                await self._peer.receive(frame)
+            if await self._travel():
+                await self._connection.receive(frame)
 
     async def _pump_down(self) -> None:
         while True:
             self._wakes.clear()
-            while (frame := self._peer.take()) is not None:
-                for _ in range(await self._travel()):
+            while (frame := self._connection.take()) is not None:
+                if await self._travel():
                     self._down.append(frame)
-                await self._tell()
-            if self._peer.close_code is not None:
-                code, reason = int(self._peer.close_code), self._peer.close_reason
+                    await self._tell()
+            if self._connection.close_code is not None:
+                code, reason = int(self._connection.close_code), self._connection.close_reason
                 self.ended = ConnectionLost(f"closed: {reason}", code=code, reason=reason)
                 await self._tell()
                 return
@@ -156,6 +168,7 @@ class Network:
         self.cut_off: set[str] = set()
         self._random = random
         self._hub: Hub | None = None
+        self._identity: RelayIdentity
         self._lines: dict[Line, str] = {}
 
     def start_relay(
@@ -169,11 +182,14 @@ class Network:
             clock=loop.time,
             random=self._random.randbytes,
         )
+        self._identity = RelayIdentity(bytes(32), log.log_id)
 
     async def stop_relay(self) -> None:
         hub, self._hub = self._hub, None
         if hub is not None:
             await hub.close()
+            for line in tuple(self._lines):
+                line.dismiss()
 
     async def cut(self, device: str) -> None:
         """Break the lines of a device; it may dial again."""
@@ -186,14 +202,13 @@ class Network:
         """How a device reaches the relay."""
 
         @asynccontextmanager
-        async def dial(conversation: str) -> AsyncIterator[Line]:
+        async def dial() -> AsyncIterator[Line]:
             await asyncio.sleep(self._random.choice((0.0, 0.05)))
             if self._hub is None or device in self.cut_off:
                 raise ConnectionLost("nobody answers")
-            line = Line(self._random, self.noise)
+            line = Line(self._random, self.noise, self._hub, self._identity)
             self._lines[line] = device
             try:
-                await line.enter(self._hub, conversation)
                 yield line
             finally:
                 line.cut()

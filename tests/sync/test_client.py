@@ -21,9 +21,10 @@ from crdt_llm.errors import (
     Refused,
     ReplyFailed,
 )
-from crdt_llm.sync.link import framed_bytes
+from crdt_llm.sync.frames import Update
 from crdt_llm.sync.local_replica import LocalReplica
-from crdt_llm.sync.wire import SyncStep2, SyncUpdate, decode_state_vector
+from crdt_llm.sync.traffic import framed_bytes
+from crdt_llm.sync.wire import decode_state_vector
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Callable
@@ -106,8 +107,8 @@ async def test_ask_is_one_transaction(relay: Partner) -> None:
         await conversation.synced_once()
         await conversation.ask("Hello")
         await relay.until(lambda: len(relay.document(conversation.id).tree) == 2)
-        updates = [m for m in relay.heard[conversation.id] if isinstance(m, SyncUpdate)]
-        assert len(updates) == 1
+        updates = [m for m in relay.heard[conversation.id] if isinstance(m, Update)]
+        assert len(updates) == 2  # the birth, and this
 
 
 async def test_a_failed_reply_keeps_its_text_and_says_why(relay: Partner) -> None:
@@ -504,7 +505,8 @@ async def test_the_token_never_stands_in_an_address(relay: Partner) -> None:
     async with Client(f"{relay.url}?token={TOKEN.replace(' ', '%20')}") as client:
         conversation = await client.create()
         await conversation.synced_once()
-    assert relay.paths == [f"/{conversation.id}"]
+    assert relay.paths == ["/"]
+    assert [hello.token for hello in relay.hellos] == [TOKEN]
 
 
 async def test_devices_see_each_other(relay: Partner) -> None:
@@ -527,7 +529,7 @@ async def test_garbage_from_the_relay_costs_the_connection_and_nothing_else(
         conversation = await client.create()
         await conversation.send("Hello")
         await conversation.synced_once()
-        relay.send(conversation.id, SyncUpdate(b"\x01\x01\x01garbage"))
+        relay.change(conversation.id, b"\x01\x01\x01garbage")
         await until(conversation, lambda: not conversation.online)
         await conversation.synced_once()
         assert texts(conversation) == ["Hello"]
@@ -606,13 +608,13 @@ async def test_traffic_tells_sync_from_turns(relay: Partner) -> None:
         conversation = await client.create()
         await conversation.synced_once()
         traffic = conversation.traffic
-        assert traffic.live.sent_frames == 0
+        assert traffic.live.sent_frames == 1  # the birth
         assert traffic.sync.sent_bytes > 0
         assert traffic.sync.received_bytes > 0
         sent = traffic.sync.sent_bytes
         reply = await conversation.ask("Hello")
         await answered(relay, conversation, reply.id, "Hi")
-        assert traffic.live.sent_frames == 1
+        assert traffic.live.sent_frames == 2
         assert traffic.live.received_frames > 0
         assert traffic.sync.sent_bytes == sent
 
@@ -624,11 +626,12 @@ async def test_a_reconnect_carries_only_the_difference(relay: Partner) -> None:
             await conversation.send(f"entry {number}")
         await conversation.synced_once()
         conversation.pause()
+        before = len(relay.frames[conversation.id])
         await conversation.send("the only new one")
         conversation.resume()
         await conversation.synced_once()
-        step2 = [m for m in relay.heard[conversation.id] if isinstance(m, SyncStep2)]
-        assert len(step2[-1].update) < 400
+        sent = relay.frames[conversation.id][before:]
+        assert sum(sent) < 500  # the opening, presence, and the only new one
 
 
 # -- the package -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from crdt_llm.errors import AuthenticationFailed, Refused
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.sync.access import TokenAccess
 from crdt_llm.sync.hub import Hub
+from crdt_llm.sync.native_peer import RelayIdentity
 from crdt_llm.sync.relay import Relay
 from crdt_llm.sync.wire import decode_state_vector
 
@@ -54,7 +55,11 @@ class House:
         log = await SqliteLog.open(self._folder / "log.db")
         self._running.push_async_callback(log.close)
         self.hub = Hub(log)
-        relay = Relay(self.hub, authenticate=TokenAccess(TOKEN).authenticate)
+        relay = Relay(
+            self.hub,
+            authenticate=TokenAccess(TOKEN).authenticate,
+            identity=RelayIdentity(bytes(32), log.log_id),
+        )
         await relay.start(port=self._port)
         self._running.push_async_callback(relay.stop)
         self._port = relay.address[1]
@@ -229,7 +234,7 @@ async def test_writing_under_another_name_is_refused(house: House) -> None:
         await conversation.send("I am the owner")
         with pytest.raises(Refused) as caught:
             await conversation.synced_once()
-        assert caught.value.code in {"birth", "forged-author", "forbidden"}
+        assert caught.value.code == "principal"
         assert [entry.content for entry in conversation.view()] == ["I am the owner"]
 
 

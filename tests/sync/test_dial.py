@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 import pytest
 from websockets.asyncio.server import serve
+from websockets.typing import Subprotocol
 
 from crdt_llm.errors import (
     AuthenticationFailed,
@@ -17,7 +17,8 @@ from crdt_llm.errors import (
     MalformedMessage,
     Refused,
 )
-from crdt_llm.sync.dial import Address, websocket_dial
+from crdt_llm.sync.dial import Address, native_dial
+from crdt_llm.sync.frames import SUBPROTOCOL
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -87,37 +88,28 @@ def test_what_is_no_address_is_said_in_one_line(url: str) -> None:
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("token", ["a\r\nX-Evil: 1", "señor", " padded", ""])
-def test_a_token_must_fit_into_a_header(token: str) -> None:
-    address = Address.parse("ws://127.0.0.1/")
-    if token == "":
-        assert websocket_dial(address, token) is not None  # an empty one is one that is wrong
-        return
-    with pytest.raises(LocalMisuse, match="printable ASCII") as caught:
-        websocket_dial(address, token)
-    assert token not in str(caught.value)
-
-
 @pytest.fixture
-async def server() -> AsyncIterator[tuple[Server, dict[str, int]]]:
+async def server() -> AsyncIterator[Server]:
     """Answers with the HTTP status that the path names; speaks text on ``/text``."""
-    seen: dict[str, int] = {}
 
     def answer(connection: ServerConnection, request: Request) -> Response | None:
-        seen[request.headers.get("Authorization", "none")] = 1
-        name = request.path[1:]
+        name = request.path.strip("/")
         return connection.respond(HTTPStatus(int(name)), "no\n") if name.isdigit() else None
 
     async def talk(connection: ServerConnection) -> None:
         await connection.send("hello")
         await connection.wait_closed()
 
-    async with serve(talk, "127.0.0.1", 0, process_request=answer) as running:
-        yield running, seen
+    subprotocols = [Subprotocol(SUBPROTOCOL)]
+    async with serve(
+        talk, "127.0.0.1", 0, process_request=answer, subprotocols=subprotocols
+    ) as running:
+        yield running
 
 
-def address_of(server: Server) -> Address:
-    return Address.parse(f"ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}")
+def address_of(server: Server, path: str = "") -> Address:
+    port = next(iter(server.sockets)).getsockname()[1]
+    return Address.parse(f"ws://127.0.0.1:{port}/{path}")
 
 
 @pytest.mark.parametrize(
@@ -134,24 +126,23 @@ def address_of(server: Server) -> Address:
     ],
 )
 async def test_an_http_answer_says_whether_to_come_back(
-    server: tuple[Server, dict[str, int]], status: int, kind: type[Exception]
+    server: Server, status: int, kind: type[Exception]
 ) -> None:
     with pytest.raises(kind) as caught:
-        async with websocket_dial(address_of(server[0]), "token")(str(status)):
+        async with native_dial(address_of(server, str(status)))():
             raise AssertionError("it opened")
     assert type(caught.value) is kind
-    assert server[1] == {"Bearer token": 1}
 
 
 async def test_nobody_there_means_try_again(unused_tcp_port: int) -> None:
     address = Address.parse(f"ws://127.0.0.1:{unused_tcp_port}/")
     with pytest.raises(ConnectionLost, match="no connection"):
-        async with websocket_dial(address, None)("x"):
+        async with native_dial(address)():
             raise AssertionError("it opened")
 
 
-async def test_text_is_malformed(server: tuple[Server, dict[str, int]]) -> None:
-    async with websocket_dial(address_of(server[0]), None)("text") as socket:
+async def test_text_is_malformed(server: Server) -> None:
+    async with native_dial(address_of(server, "text"))() as socket:
         with pytest.raises(MalformedMessage, match="text"):
             await socket.receive()
     with pytest.raises(ConnectionLost):
@@ -160,13 +151,11 @@ async def test_text_is_malformed(server: tuple[Server, dict[str, int]]) -> None:
         await socket.receive()
 
 
-async def test_the_token_is_in_no_log(
-    server: tuple[Server, dict[str, int]], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG)
-    logging.getLogger("websockets.server").setLevel(logging.INFO)  # that is the other side
-    async with websocket_dial(address_of(server[0]), "s3cret")("x") as socket:
-        with pytest.raises(MalformedMessage):
-            await socket.receive()
-    assert server[1] == {"Bearer s3cret": 1}
-    assert "s3cret" not in caplog.text
+async def test_a_server_of_another_kind_is_not_tried_again() -> None:
+    async def talk(connection: ServerConnection) -> None:
+        await connection.wait_closed()
+
+    async with serve(talk, "127.0.0.1", 0) as other:
+        with pytest.raises(Refused, match=SUBPROTOCOL):
+            async with native_dial(address_of(other))():
+                raise AssertionError("it opened")

@@ -14,6 +14,8 @@ from crdt_llm.document.schema import Born, Role, entry_id
 from crdt_llm.errors import Corrupt, LocalMisuse, MalformedMessage, StoreFailed
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
 from crdt_llm.sync import local_replica
+from crdt_llm.sync.intents import entries_of
+from crdt_llm.sync.journal import Kept, decode
 from crdt_llm.sync.local_replica import COMPACT_BYTES_MIN, LocalReplica
 from crdt_llm.sync.wire import decode_state_vector
 
@@ -60,13 +62,21 @@ class Disk:
         stored = self.disk.conversations.get(NAME)
         return () if stored is None else stored.updates
 
-    def document(self) -> Conversation:
+    def kept(self) -> Kept:
         """What a restart after a crash at this moment would find."""
-        document = Conversation(99)
+        kept = Kept()
         stored = self.disk.conversations.get(NAME)
         if stored is not None:
-            for update in (stored.snapshot or b"\x00\x00", *stored.updates):
-                document.apply(update)
+            snapshots = () if stored.snapshot is None else (stored.snapshot,)
+            for record in (*snapshots, *stored.updates):
+                kept.take(decode(record))
+        return kept
+
+    def document(self) -> Conversation:
+        """The document in it."""
+        document = Conversation(99)
+        for update in self.kept().updates:
+            document.apply(update)
         return document
 
 
@@ -114,21 +124,22 @@ class Elsewhere:
 
 async def test_a_write_is_on_disk_before_anybody_hears_of_it() -> None:
     disk = Disk()
-    heard: list[bytes] = []
     async with replica_on(disk) as replica:
-        replica.on_durable(heard.append)
-        on_disk_when_heard: list[tuple[bytes, ...]] = []
-        replica.on_durable(lambda _: on_disk_when_heard.append(disk.updates))
+        heard: list[tuple[frozenset[str] | None, int]] = []
+        replica.on_outbox(lambda entries: heard.append((entries, len(disk.updates))))
         disk.hold()
         writing = asyncio.create_task(replica.write(adds(1)))
         await disk.reached.wait()
         assert entry(1) in replica.document.tree  # shown at once
         assert (writing.done(), heard, disk.updates) == (False, [], ())
+        assert replica.next_to_send(0) is None
         disk.released.set()
         await writing
-        assert disk.updates == tuple(heard)
-        assert on_disk_when_heard == [disk.updates]
-        assert entry(1) in disk.document().tree
+        assert heard == [(frozenset({entry(1)}), 1)]
+        sendable = replica.next_to_send(0)
+        assert sendable is not None
+        assert disk.kept().outbox == {sendable.number: sendable.update}
+        assert replica.next_to_send(sendable.number) is None
 
 
 async def test_what_was_merged_goes_to_disk_before_a_write_that_may_build_on_it() -> None:
@@ -192,10 +203,8 @@ async def test_garbage_is_refused_and_changes_nothing() -> None:
 async def test_a_write_that_the_disk_refuses_never_happened() -> None:
     disk, elsewhere = Disk(), Elsewhere()
     changes: list[Change | None] = []
-    heard: list[bytes] = []
     async with replica_on(disk) as replica:
         replica.on_change(changes.append)
-        replica.on_durable(heard.append)
         await replica.write(adds(1))
         await replica.merge(elsewhere.write(2))
         client = replica.document.client_id
@@ -210,7 +219,7 @@ async def test_a_write_that_the_disk_refuses_never_happened() -> None:
         disk.failing = False
         await replica.write(adds(5))
         assert set(disk.document().tree.entries) == {entry(1), entry(2), entry(5)}
-        assert len(heard) == 2
+        assert len(replica.outbox) == 2
 
 
 async def test_a_disk_that_stays_broken_is_said_every_time_and_heals() -> None:
@@ -247,9 +256,7 @@ async def test_too_much_that_waits_for_a_slow_disk_holds_up_the_merge(
 
 async def test_a_cancelled_writer_leaves_the_write_whole() -> None:
     disk = Disk()
-    heard: list[bytes] = []
     async with replica_on(disk) as replica:
-        replica.on_durable(heard.append)
         disk.hold()
         writing = asyncio.create_task(replica.write(adds(1)))
         await disk.reached.wait()
@@ -257,7 +264,7 @@ async def test_a_cancelled_writer_leaves_the_write_whole() -> None:
         await asyncio.wait({writing})
         disk.released.set()
         await replica.write(adds(2))
-        assert len(heard) == 2
+        assert len(replica.outbox) == 2
         assert set(disk.document().tree.entries) == {entry(1), entry(2)}
 
 
@@ -305,7 +312,7 @@ async def test_a_diff_holds_back_until_our_own_writes_are_on_disk() -> None:
         disk.released.set()
         with pytest.raises(StoreFailed):
             await writing
-        assert await asking == b"\x00\x00"  # nobody else ever sees it
+        assert await asking == (b"\x00\x00", ())  # nobody else ever sees it
 
 
 async def test_a_restart_finds_everything_and_takes_a_fresh_client_id() -> None:
@@ -478,3 +485,239 @@ async def test_a_damaged_copy_is_said_to_be_damaged() -> None:
     with pytest.raises(Corrupt, match="comes back from the relay"):
         async with replica_on(disk):
             raise AssertionError("it opened")
+
+
+# -- what the relay says to it ---------------------------------------------------------------------
+
+
+def numbers(replica: LocalReplica) -> list[int]:
+    return [written.number for written in replica.outbox]
+
+
+async def test_what_is_acknowledged_leaves_the_outbox_and_stays_acknowledged() -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        for number in (1, 2, 3):
+            await replica.write(adds(number))
+        first, second, third = numbers(replica)
+        replica.acknowledge((first, second))
+        assert numbers(replica) == [third]
+        assert replica.acknowledged == {replica.document.client_id: 6}  # three clocks an entry
+    assert list(disk.kept().outbox) == [third]
+    async with replica_on(disk) as replica:
+        assert numbers(replica) == [third]
+        assert set(replica.document.tree.entries) == {entry(1), entry(2), entry(3)}
+
+
+async def test_a_refused_write_becomes_a_draft_and_the_rest_is_written_again() -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        for number in (1, 2, 3):
+            await replica.write(adds(number, f"text {number}"))
+        client = replica.document.client_id
+        rewritten: list[frozenset[str] | None] = []
+        replica.on_outbox(rewritten.append)
+        _, second, _ = numbers(replica)
+        await replica.refuse([second], "denied", "forged-author", "that was not you")
+        assert set(replica.document.tree.entries) == {entry(1), entry(3)}
+        assert replica.document.client_id != client
+        assert rewritten[0] is None
+        assert len(replica.outbox) == 2
+        assert all(client not in written.ends for written in replica.outbox)
+        (refused,) = replica.refused_writes
+        assert (refused.code, refused.rule, refused.reason) == (
+            "denied",
+            "forged-author",
+            "that was not you",
+        )
+        assert (refused.text, refused.entry) == ("text 2", entry(2))
+    async with replica_on(disk) as replica:  # all of that is on disk
+        assert set(replica.document.tree.entries) == {entry(1), entry(3)}
+        assert [one.text for one in replica.refused_writes] == ["text 2"]
+        await replica.discard(replica.refused_writes[0].id)
+        assert replica.refused_writes == ()
+    assert not disk.kept().refused
+
+
+async def test_what_was_written_after_a_refused_entry_moves_to_what_stays() -> None:
+    disk = Disk()
+
+    def after(number: int, predecessor: str) -> Callable[[Conversation, Writer], None]:
+        def compose(document: Conversation, writer: Writer) -> None:
+            born = Born(Role.USER, "owner", "laptop", 0, document.tree.clock + 1, after=predecessor)
+            writer.add(entry(number), born, "text")
+            writer.set_meta("head", entry(number))
+
+        return compose
+
+    async with replica_on(disk) as replica:
+        await replica.write(after(1, ""))
+        await replica.write(after(2, entry(1)))
+        await replica.write(after(3, entry(2)))
+        await replica.write(lambda _, writer: writer.stop(entry(2), "owner"))
+        await replica.write(lambda _, writer: writer.set_meta("title", "kept"))
+        await replica.refuse([numbers(replica)[1]], "invalid", "clock", "no")
+        moved = replica.document.born(entry(3))
+        assert moved is not None
+        assert moved.after == entry(1)
+        assert replica.document.meta.head == entry(3)
+        assert replica.document.meta.title == "kept"
+        assert len(replica.outbox) == 3  # the stop was about what is not there
+
+
+async def test_several_writes_that_were_sent_as_one_are_written_again_one_by_one() -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        for number in (1, 2, 3):
+            await replica.write(adds(number))
+        await replica.refuse(numbers(replica), "invalid", "clock", "one of them")
+        assert set(replica.document.tree.entries) == {entry(1), entry(2), entry(3)}
+        assert len(replica.outbox) == 3
+        assert replica.refused_writes == ()
+
+
+async def test_who_may_write_nothing_any_more_keeps_all_of_it_as_drafts() -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        for number in (1, 2, 3):
+            await replica.write(adds(number, f"text {number}"))
+        await replica.refuse(numbers(replica)[:1], "denied", "forbidden", "you may not write")
+        assert replica.is_empty
+        assert [one.text for one in replica.refused_writes] == ["text 1", "text 2", "text 3"]
+
+
+async def test_a_write_that_waits_for_the_disk_survives_a_refusal_before_it() -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        await replica.write(adds(1))
+        disk.hold()
+        writing = asyncio.create_task(replica.write(adds(2)))
+        await disk.reached.wait()
+        disk.released.set()
+        await writing
+        disk.hold()
+        late = asyncio.create_task(replica.write(adds(3)))
+        refusing = asyncio.create_task(
+            replica.refuse(numbers(replica)[:1], "invalid", "clock", "no")
+        )
+        await disk.reached.wait()
+        disk.released.set()
+        await asyncio.gather(late, refusing)
+        assert set(replica.document.tree.entries) == {entry(2), entry(3)}
+        await replica.write(adds(4))
+    assert set(disk.document().tree.entries) == {entry(2), entry(3), entry(4)}
+
+
+@pytest.mark.parametrize("commits", range(4))
+async def test_a_refusal_loses_nothing_at_whatever_moment_the_disk_fails(commits: int) -> None:
+    """The text is in the outbox or among the refused, at any time, and never in neither."""
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        for number in (1, 2):
+            await replica.write(adds(number, f"text {number}"))
+        disk.good_commits_left = commits
+        await replica.refuse(numbers(replica)[:1], "invalid", "clock", "no")
+        late = replica.write(adds(3, "text 3"))
+        results = await asyncio.gather(late, return_exceptions=True)
+        kept = disk.kept()
+        drafts = [one.text for one in kept.refused.values()]
+        document = disk.document()
+        texts = [document.text(name) for name in document.tree.entries]
+        assert sorted(drafts + texts) == (
+            ["text 1", "text 2"] if results[0] else ["text 1", "text 2", "text 3"]
+        )
+        disk.good_commits_left, disk.failing = None, False
+        await replica.write(adds(4, "text 4"))
+        assert [one.text for one in replica.refused_writes] == ["text 1"]
+        assert entry(2) in replica.document.tree
+
+
+async def test_a_change_that_builds_on_a_write_acknowledges_it() -> None:
+    """An acknowledgement may be lost with a connection; what others made of the write is not."""
+    disk, elsewhere = Disk(), Elsewhere()
+    async with replica_on(disk) as replica:
+        await replica.write(adds(1))
+        await replica.write(adds(2))
+        elsewhere.document.apply(replica.outbox[0].update)
+        with elsewhere.document.writing() as writer:
+            writer.stop(entry(1), "owner")
+        assert writer.change is not None
+        assert await replica.merge(writer.change.update, 7) is None
+        assert [entry for one in replica.outbox for entry in entries_of(one.intent)] == [entry(2)]
+        await replica.refuse(numbers(replica), "invalid", "clock", "no")
+        assert set(replica.document.tree.entries) == {entry(1)}
+        assert replica.document.has(entry(1), "stop")
+
+
+async def test_what_comes_back_from_the_relay_is_acknowledged() -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        await replica.write(adds(1))
+        (written,) = replica.outbox
+        assert await replica.merge(written.update, 3) is None
+        assert replica.outbox == ()
+        replica.settle("log", 3)
+    assert (disk.kept().log, disk.kept().lsn) == ("log", 3)
+    async with replica_on(disk) as replica:
+        assert replica.position == ("log", 3)
+
+
+async def test_the_acknowledged_part_can_be_given_back_without_the_outbox() -> None:
+    disk, elsewhere = Disk(), Elsewhere()
+    async with replica_on(disk) as replica:
+        await replica.merge(elsewhere.write(1))
+        await replica.write(adds(2))
+        document = Conversation(5)
+        document.apply(await replica.acknowledged_diff(b"\x00"))
+        assert set(document.tree.entries) == {entry(1)}
+        replica.acknowledge(numbers(replica))
+        document.apply(await replica.acknowledged_diff(document.state_vector()))
+        assert set(document.tree.entries) == {entry(1), entry(2)}
+
+
+# -- withdrawn text --------------------------------------------------------------------------------
+
+
+def redact(number: int) -> Callable[[Conversation, Writer], None]:
+    return lambda _, writer: writer.redact(entry(number), "owner", 1)
+
+
+@pytest.mark.parametrize("acknowledged", [True, False])
+async def test_withdrawn_text_leaves_the_disk_while_the_relay_is_away(
+    *, acknowledged: bool
+) -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        await replica.write(adds(1, "a secret"))
+        if acknowledged:
+            replica.acknowledge(numbers(replica))
+        await replica.write(adds(2))
+        await replica.write(redact(1))
+        sent = replica.outbox
+    stored = disk.disk.conversations[NAME]
+    assert stored.snapshot is not None
+    for kept in (stored.snapshot, *stored.updates, *(written.update for written in sent)):
+        assert b"a secret" not in kept
+    async with replica_on(disk) as replica:
+        assert replica.document.has(entry(1), "redacted")
+        assert entry(2) in replica.document.tree
+        fresh = Conversation(5)
+        fresh.apply(await replica.acknowledged_diff(b"\x00"))
+        for written in replica.outbox:
+            fresh.apply(written.update)
+        assert clocks(fresh) == clocks(replica.document)
+        assert fresh.has(entry(1), "redacted")
+        assert not fresh.has(entry(1), "content")
+
+
+async def test_withdrawn_text_that_was_sent_already_can_still_be_refused() -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        await replica.write(adds(1, "a secret"))
+        await replica.write(adds(2, "text 2"))
+        await replica.write(redact(1))
+        await replica.refuse(numbers(replica), "invalid", "clock", "one of them")
+        assert len(replica.outbox) == 2  # the withdrawn entry, and the other
+        assert replica.document.has(entry(1), "redacted")
+        assert replica.document.text(entry(2)) == "text 2"
+        assert b"a secret" not in replica.document.diff()

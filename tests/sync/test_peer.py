@@ -199,7 +199,7 @@ async def test_a_reader_that_stays_slow_misses_nothing_however_the_frames_fall(
                 await turns()
             if random.random() < 0.05:
                 assert slow.device.link is not None
-                slow.device.link._put(SyncStep1(slow.device.replica.state_vector()))
+                slow.device.link.put(SyncStep1(slow.device.replica.state_vector()))
                 await slow.up()
         await slow.settle()
         assert slow.device.texts == writer.device.texts

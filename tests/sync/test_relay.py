@@ -117,7 +117,7 @@ async def end_of(socket: ClientConnection) -> tuple[int, str, list[Message]]:
 async def sync(socket: ClientConnection, device: Device) -> None:
     """Run a device on a socket until it is in sync."""
     link = device.connect()
-    while link.phase != "synced":
+    while not link.is_synced:
         for frame in device.frames():
             await socket.send(frame)
         answer = await socket.recv()
