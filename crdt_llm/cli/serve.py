@@ -100,10 +100,10 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _built_page() -> StaticPage | None:
+def built_page(folder: Path = BUILT_PAGE) -> StaticPage | None:
     """The page that came with the package; a source tree where nobody had npm has none."""
-    if (BUILT_PAGE / "index.html").exists():
-        return StaticPage(BUILT_PAGE)
+    if (folder / "index.html").exists():
+        return StaticPage(folder)
     _line("the page is not built (`make install` does, with npm): a plain one is served")
     return None
 
@@ -184,7 +184,7 @@ async def serve(folder: DataFolder, *, host: str, port: int, model_dir: Path | N
             leases=office,
             lists=lists,
             requests=Requests(lists, authority),
-            built_page=_built_page(),
+            built_page=built_page(),
             node_problem=None if node is None else lambda: node.problem,
         )
         # Last in, first out: the node leaves its seats before the rooms close behind it.

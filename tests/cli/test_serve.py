@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from crdt_llm.cli.folders import DataFolder
-from crdt_llm.cli.serve import KEYS, lock_folder, serve
+from crdt_llm.cli.serve import KEYS, built_page, lock_folder, serve
 from crdt_llm.errors import Corrupt, DataFolderBusy
 from crdt_llm.store.sqlite import SqliteLog
 
@@ -37,3 +37,21 @@ def test_a_folder_is_served_once(tmp_path: Path) -> None:
         lock_folder(DataFolder(tmp_path))
     lock.release()
     lock_folder(DataFolder(tmp_path)).release()
+
+
+def test_a_page_that_was_not_built_is_one_line_and_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert built_page(tmp_path) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "make install" in line
+
+
+def test_a_page_that_was_built_is_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "index.html").write_text("<!doctype html>")
+    page = built_page(tmp_path)
+    assert page is not None
+    assert page.answer("/", "127.0.0.1", None) is not None
+    assert capsys.readouterr().err == ""
