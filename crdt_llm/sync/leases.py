@@ -368,7 +368,7 @@ class LeaseOffice:
         self.vacant = vacant
         self._grant_epoch = grant_epoch
         self._sign = sign
-        self._granting: set[asyncio.Task[None]] = set()
+        self._granting: dict[asyncio.Task[None], None] = {}  # in order: a seed must replay
 
     def want(self, conversation: str, holder: LeaseHolder) -> None:
         """A node asks for a lease; it is answered by one of the holder's two calls."""
@@ -404,8 +404,8 @@ class LeaseOffice:
                     task = asyncio.get_running_loop().create_task(
                         self._grant(event), name=f"lease of {event.conversation}"
                     )
-                    self._granting.add(task)
-                    task.add_done_callback(self._granting.discard)
+                    self._granting[task] = None
+                    task.add_done_callback(self._granted)
                 case Ended(conversation, holder, reason):
                     logger.info("conversation %s: a lease ended: %s", conversation, reason)
                     holder.unleased(conversation, RETRY_S, reason)
@@ -413,6 +413,9 @@ class LeaseOffice:
                     holder.unleased(conversation, retry_s, reason)
                 case Vacant(conversation):
                     self.vacant(conversation)
+
+    def _granted(self, task: asyncio.Task[None]) -> None:
+        self._granting.pop(task, None)
 
     async def _grant(self, grant: Grant) -> None:
         conversation, holder = grant.conversation, grant.holder
