@@ -94,6 +94,19 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Queued:
+    """The request waits for room. Given again when its place changes.
+
+    A reply that runs may have to wait again, when memory is full; then it stands among its tokens.
+
+    Args:
+        place: how many requests run before it, of those that wait; 0 is next.
+    """
+
+    place: int
+
+
+@dataclass(frozen=True, slots=True)
 class Prefilled:
     """The KV of the prompt is there.
 
@@ -150,8 +163,9 @@ class KvDigest:
     logits: bytes
 
 
-GenerationEvent = Prefilled | Sampled | Finished
-"""One :class:`Prefilled`, then :class:`Sampled` ..., then one :class:`Finished`."""
+GenerationEvent = Queued | Prefilled | Sampled | Finished
+"""One :class:`Prefilled`, then :class:`Sampled` ..., then one :class:`Finished`; in between, and
+before, a :class:`Queued` each time that the request's place among those that wait changes."""
 
 
 class Engine(Protocol):

@@ -19,6 +19,8 @@ Invariants:
   3. A tile grows at its end only, by the one path that stands at its tip; any other path that goes
      on differently from inside a tile copies the rows it shares.
   4. A tile is evicted only if no path pins it and nothing resident builds on it.
+  5. What may be written to disk are the rows ``[0, tile.kept)``: those of paths that somebody
+     marked with :meth:`Path.keep`. What was computed for a text that is still being typed is not.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import numpy as np
 from crdt_llm.errors import EngineBusy, LocalMisuse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import numpy.typing as npt
 
@@ -62,7 +64,11 @@ class Slots(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Tile:
-    """A node of the tree. ``tokens`` has as many ids as rows are valid."""
+    """A node of the tree. ``tokens`` has as many ids as rows are valid.
+
+    ``kept`` counts the rows that may be written to disk, ``saved`` those that were. ``digest`` is
+    that of the rows of a full tile, once somebody has asked for it.
+    """
 
     slot: int
     parent: Tile | None
@@ -71,6 +77,23 @@ class Tile:
     pins: int = 0
     touched: int = 0
     detached: bool = False
+    kept: int = 0
+    saved: int = 0
+    digest: bytes | None = None
+
+    @property
+    def path(self) -> Ids:
+        """The ids of every position up to the last valid row of this tile."""
+        parts, tile = [self.tokens], self.parent
+        while tile is not None:
+            parts.append(tile.tokens)
+            tile = tile.parent
+        return np.concatenate(parts[::-1])
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether rows that may be on disk are not."""
+        return self.kept > self.saved and not self.detached
 
     @property
     def full(self) -> bool:
@@ -133,9 +156,24 @@ class Path:
         """Record that the rows reserved now hold the KV of ``ids``."""
         self._tree.append(self, ids)
 
+    def keep(self) -> None:
+        """Allow that the rows ``[0, length)`` are written to disk (invariant 5)."""
+        for index, tile in enumerate(self.tiles):
+            tile.kept = max(tile.kept, min(TILE, self.length - index * TILE))
+
+    def restored(self) -> None:
+        """Note that the rows ``[0, length)`` came from disk: they may be there, and are."""
+        self.keep()
+        tile = self.tiles[(self.length - 1) // TILE]
+        tile.saved = max(tile.saved, len(tile.tokens))
+
     def close(self) -> None:
         """Let go of the tiles; they stay resident until they are evicted. Idempotent."""
         self._tree.close(self)
+
+
+def _discard(_tile: Tile) -> None:
+    """Save a tile nowhere."""
 
 
 class KvTree:
@@ -143,10 +181,12 @@ class KvTree:
 
     Args:
         slots: the pool.
+        save: called with a tile that is about to be evicted and is :attr:`Tile.unsaved`.
     """
 
-    def __init__(self, slots: Slots) -> None:
+    def __init__(self, slots: Slots, save: Callable[[Tile], None] = _discard) -> None:
         self._slots = slots
+        self._save = save
         self._roots: list[Tile] = []
         self._free = set(range(slots.count))
         self._clock = 0
@@ -160,6 +200,11 @@ class KvTree:
     def free_slots(self) -> int:
         """Slots that hold nothing."""
         return len(self._free)
+
+    def unsaved(self) -> Tile | None:
+        """A tile that should be written to disk: the one that was used longest ago."""
+        tiles = [tile for tile in self._tiles() if tile.unsaved]
+        return min(tiles, key=lambda tile: tile.touched) if tiles else None
 
     def open(self, ids: Ids) -> Path:
         """Start a path with the longest common prefix of ``ids`` and everything resident."""
@@ -207,6 +252,7 @@ class KvTree:
                 tokens = tile.tokens[:offset].copy()
                 # Rows of a forgotten tile stay forgotten in the copy.
                 copy = self._new_tile(tile.parent, tokens, detached=tile.detached)
+                copy.kept = min(tile.kept, offset)
                 self._slots.copy_rows(tile.slot, copy.slot, offset)
                 path.tiles[depth] = copy
                 self._unpin(tile)
@@ -312,7 +358,10 @@ class KvTree:
         if not candidates:
             message = "running requests fill the KV memory budget: wait for one of them or raise it"
             raise EngineBusy(message)
-        self._drop(min(candidates, key=lambda tile: tile.touched))
+        tile = min(candidates, key=lambda tile: tile.touched)
+        if tile.unsaved:
+            self._save(tile)
+        self._drop(tile)
 
     def _drop(self, tile: Tile) -> None:
         self._children(tile.parent).remove(tile)
@@ -352,6 +401,9 @@ class KvTree:
             tile.detached = True
         elif rows:
             tile.tokens = tile.tokens[:rows].copy()
+            tile.kept = min(tile.kept, rows)
+            tile.digest = None
+            tile.saved = 0  # whoever forgets removes it from disk too
             self._slots.wipe(tile.slot, rows)
         else:
             self._slots.wipe(tile.slot, 0)

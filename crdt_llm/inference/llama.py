@@ -342,15 +342,19 @@ class Llama:
         weights.check_empty()
         self._cosines, self._sines = _rotations(folder, read_rope(config), shape)
 
+    @property
+    def slot_bytes(self) -> int:
+        """Memory that a tile of KV takes."""
+        shape = self.shape
+        return KvPool.slot_bytes(shape.layers, shape.kv_heads, shape.head_dim, shape.hidden)
+
     def new_pool(self, memory_bytes: int) -> KvPool:
         """A pool of as many slots as fit the memory.
 
         Raises:
             ModelUnusable: not even two slots fit.
         """
-        shape = self.shape
-        sizes = (shape.layers, shape.kv_heads, shape.head_dim, shape.hidden)
-        slot_bytes = KvPool.slot_bytes(*sizes)
+        shape, slot_bytes = self.shape, self.slot_bytes
         count = memory_bytes // slot_bytes
         if count < SLOTS_MIN:
             message = (
@@ -358,7 +362,7 @@ class Llama:
                 f"give it at least {SLOTS_MIN * slot_bytes}"
             )
             raise ModelUnusable(message)
-        return KvPool(count, *sizes)
+        return KvPool(count, shape.layers, shape.kv_heads, shape.head_dim, shape.hidden)
 
     def forward(self, ids: Tensor, chunks: Sequence[Chunk], pool: KvPool) -> None:
         """Compute the rows of one or more chunks, each into the last of its slots.

@@ -29,6 +29,7 @@ from crdt_llm.inference.engine import (
     Finished,
     KvDigest,
     Prefilled,
+    Queued,
     Sampled,
     SamplingParams,
 )
@@ -101,10 +102,13 @@ class Forgotten:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """From the engine: requests that run, and tokens whose KV is resident."""
+    """From the engine: all requests, those of them that wait, and what KV takes."""
 
     requests: int
+    waiting: int
     resident_tokens: int
+    kv_bytes: int
+    disk_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +140,7 @@ class Event:
     """From the engine: something about one request."""
 
     request: int
-    event: Prefilled | Sampled | Finished | KvDigest | Forgotten | Measured | Failed
+    event: Queued | Prefilled | Sampled | Finished | KvDigest | Forgotten | Measured | Failed
 
 
 Command = Warm | Generate | Digest | Cancel | Forget | Measure
@@ -160,6 +164,7 @@ _KINDS: Final[dict[str, type[Any]]] = {
         Measure,
         Ready,
         Event,
+        Queued,
         Prefilled,
         Sampled,
         Finished,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from crdt_llm.errors import EngineDied, LocalMisuse, MalformedMessage
 from crdt_llm.inference import pipe
-from crdt_llm.inference.engine import Finished, KvDigest, Prefilled, Sampled
+from crdt_llm.inference.engine import Finished, KvDigest, Prefilled, Queued, Sampled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -27,7 +27,16 @@ CLOSE_SECONDS_MAX: Final = 5.0
 """The worker ends as soon as its input closes; one that does not is killed."""
 
 _Kind = TypeVar("_Kind")
-_Answer = Prefilled | Sampled | Finished | KvDigest | pipe.Forgotten | pipe.Measured | pipe.Failed
+_Answer = (
+    Queued
+    | Prefilled
+    | Sampled
+    | Finished
+    | KvDigest
+    | pipe.Forgotten
+    | pipe.Measured
+    | pipe.Failed
+)
 
 
 class EngineProcess:
@@ -49,7 +58,13 @@ class EngineProcess:
 
     @classmethod
     async def start(
-        cls, model: Path, *, threads: int | None = None, kv_memory_bytes: int | None = None
+        cls,
+        model: Path,
+        *,
+        threads: int | None = None,
+        kv_memory_bytes: int | None = None,
+        kv_folder: Path | None = None,
+        kv_disk_bytes: int | None = None,
     ) -> Self:
         """Start the process and wait until the model is loaded.
 
@@ -57,16 +72,23 @@ class EngineProcess:
             model: the model's folder.
             threads: of a computation; torch's own choice by default.
             kv_memory_bytes: the most memory that KV may take; the engine's default if None.
+            kv_folder: where KV is written that leaves memory, or that should outlive the process;
+                it belongs to this engine alone. None writes nothing.
+            kv_disk_bytes: the most that this folder may take; the engine's default if None.
 
         Raises:
             ModelUnusable: the model cannot be used; one line says why.
             EngineDied: the process ended before it was ready.
         """
         arguments = [str(model)]
-        if threads is not None:
-            arguments += ["--threads", str(threads)]
-        if kv_memory_bytes is not None:
-            arguments += ["--kv-memory-bytes", str(kv_memory_bytes)]
+        for name, value in (
+            ("--threads", threads),
+            ("--kv-memory-bytes", kv_memory_bytes),
+            ("--kv-folder", kv_folder),
+            ("--kv-disk-bytes", kv_disk_bytes),
+        ):
+            if value is not None:
+                arguments += [name, str(value)]
         # Nothing but the two pipes is inherited: no socket, no lock.
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -112,7 +134,7 @@ class EngineProcess:
         return _expect(answer, KvDigest)
 
     async def measure(self) -> pipe.Measured:
-        """How many requests run, and how many tokens' KV is resident."""
+        """How full the engine is: requests that run and wait, and what KV takes."""
         return _expect(await self._ask(pipe.Measure(next(self._numbers))), pipe.Measured)
 
     async def forget(self, ids: Sequence[int], keep: int = 0) -> None:
@@ -129,7 +151,7 @@ class EngineProcess:
         try:
             while True:
                 event = await self._next(answers)
-                if not isinstance(event, Prefilled | Sampled | Finished):
+                if not isinstance(event, Queued | Prefilled | Sampled | Finished):
                     raise EngineDied(f"the engine answered a generation with {event}")
                 if isinstance(event, Finished):
                     self._waiting.pop(number, None)

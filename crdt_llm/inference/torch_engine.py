@@ -1,97 +1,106 @@
 """The torch engine's core: requests in, events out, one step at a time.
 
-Owns the running requests, their order, and the loop of schedule, run, postprocess over one model
-and one KV tree. It is synchronous and has no clock, no thread and no pipe: whoever drives it calls
+Owns the running requests and the loop of schedule, run, postprocess over one model, one KV tree and
+one folder of checkpoints. It is synchronous and has no thread and no pipe: whoever drives it calls
 :meth:`TorchEngine.step` while :attr:`TorchEngine.busy`, and may start and cancel requests between
 two steps. It knows token ids alone.
 
-A step is one prefill chunk of at most ``CHUNK_ROWS_MAX`` rows or one decode step of one request.
-Requests that generate take turns; requests that warm take turns when nothing generates.
+A step is one forward pass: a row of every reply that runs, and a chunk of one prompt; see
+:mod:`~crdt_llm.inference.schedule`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections import deque
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from crdt_llm.errors import CrdtLlmError, EngineBusy, LocalMisuse, PromptTooLong
-from crdt_llm.inference.attention import Chunk
+from crdt_llm.errors import EngineBusy, LocalMisuse, PromptTooLong
+from crdt_llm.inference.attention import WIDE_BLOCK, Chunk
+from crdt_llm.inference.checkpoint import DISK_BYTES, Checkpoints, Rows
 from crdt_llm.inference.engine import (
     BIT_EXACT,
     Capabilities,
     Finished,
     KvDigest,
     Prefilled,
+    Queued,
     Sampled,
 )
-from crdt_llm.inference.kv import TILE, KvTree
+from crdt_llm.inference.kv import TILE, KvTree, common_prefix
 from crdt_llm.inference.llama import Llama
 from crdt_llm.inference.quantised import WEIGHT_FORMAT
 from crdt_llm.inference.sampling import sample
+from crdt_llm.inference.schedule import Request, Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path as FilePath
 
     import numpy.typing as npt
 
-    from crdt_llm.inference.engine import (
-        FinishReason,
-        SamplingParams,
-    )
-    from crdt_llm.inference.kv import Ids, Path
+    from crdt_llm.errors import CrdtLlmError
+    from crdt_llm.inference.engine import FinishReason, SamplingParams
+    from crdt_llm.inference.kv import Extent, Path, Tile
+    from crdt_llm.inference.schedule import Kind, Step
 
-    Event = Prefilled | Sampled | Finished | KvDigest | CrdtLlmError
+    Event = Queued | Prefilled | Sampled | Finished | KvDigest | CrdtLlmError
     Emit = Callable[[int, Event], None]
 
-CHUNK_ROWS_MAX = 64
-"""Rows of a prefill step: so often a cancellation is seen. More would save little, fewer would
-read the weights more often."""
-
-REQUESTS_MAX = 64
-"""Running requests. Each pins the KV of its path; more than this is a caller that leaks them."""
+REQUESTS_MAX = 256
+"""Requests that run or wait. More than this is a caller that leaks them."""
 
 KV_MEMORY_BYTES = 2 << 30
 """The default KV budget: some 80,000 tokens of a small model, and a share of a laptop's memory that
 nobody misses. It is mapped as it is used."""
 
+PACE_WEIGHT = 0.2
+"""Of the newest measurement in a running mean: a handful of them outweigh a hiccup."""
+
 
 @dataclass(slots=True)
-class Request:
-    """One running request: the path it stands on and what it is to do at its end.
+class Pace:
+    """How long one of something takes, as a running mean."""
+
+    seconds: float | None = None
+
+    def note(self, seconds: float) -> None:
+        """Take a measurement into account."""
+        before = seconds if self.seconds is None else self.seconds
+        self.seconds = before + PACE_WEIGHT * (seconds - before)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How full an engine is.
 
     Args:
-        id: the caller's number for it.
-        kind: what follows when the KV of ``ids`` is there.
-        ids: the whole path, with what was sampled.
-        path: what of it is resident.
-        start: how many ids are the prompt; 0 for other kinds than ``generate``.
-        params: how to sample; None for other kinds.
-        asked: ids at the beginning, for :class:`Prefilled`.
-        computed: rows computed so far for the prompt.
-        prefilled: whether :class:`Prefilled` was given.
+        requests: all of them.
+        waiting: those that take no part in steps yet, for want of room.
+        resident_tokens: whose KV is in memory.
+        kv_bytes: of memory that KV takes.
+        disk_bytes: of checkpoints.
     """
 
-    id: int
-    kind: Literal["warm", "generate", "digest"]
-    ids: Ids
-    path: Path
-    start: int
-    params: SamplingParams | None
-    asked: int
-    computed: int = 0
-    prefilled: bool = False
+    requests: int
+    waiting: int
+    resident_tokens: int
+    kv_bytes: int
+    disk_bytes: int
 
-    @property
-    def missing(self) -> int:
-        """Rows that have to be computed before the next token can be sampled."""
-        return len(self.ids) - self.path.length
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """Rows that the next pass computes."""
+
+    request: Request
+    path: Path
+    ids: npt.NDArray[np.uint32]
+    chunk: Chunk
 
 
 class TorchEngine:
@@ -100,18 +109,29 @@ class TorchEngine:
     Args:
         folder: the model.
         kv_memory_bytes: the most memory that KV may take.
+        kv_folder: where KV is written that leaves memory; None writes nothing.
+        kv_disk_bytes: the most that this folder may take.
+        clock: seconds, monotonic: tells whether it is faster to read KV or to compute it again.
 
     Raises:
         ModelUnusable: the model cannot be used, and why.
     """
 
-    def __init__(self, folder: FilePath, kv_memory_bytes: int = KV_MEMORY_BYTES) -> None:
+    def __init__(
+        self,
+        folder: FilePath,
+        kv_memory_bytes: int = KV_MEMORY_BYTES,
+        kv_folder: FilePath | None = None,
+        kv_disk_bytes: int = DISK_BYTES,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._model = Llama(folder)
-        self._pool = self._model.new_pool(kv_memory_bytes)
-        self._tree = KvTree(self._pool)
-        self._requests: dict[int, Request] = {}
-        self._generating: deque[Request] = deque()
-        self._warming: deque[Request] = deque()
+        self._clock = clock
+        self._kv_memory_bytes = kv_memory_bytes
+        kv = None
+        if kv_folder is not None:
+            kv = Checkpoints(kv_folder, self._model.fingerprint, kv_disk_bytes)
+        self._begin(kv)
         shape = self._model.shape
         # A path that the memory could never hold is too long, not unlucky. One tile stays for the
         # copy that a path needs where it leaves another in the middle of its last tile.
@@ -124,34 +144,46 @@ class TorchEngine:
             weight_format=WEIGHT_FORMAT,
         )
 
+    def _begin(self, checkpoints: Checkpoints | None) -> None:
+        """Everything but the model: no KV in memory, and no requests."""
+        self._pool = self._model.new_pool(self._kv_memory_bytes)
+        self._tree = KvTree(self._pool, self._save)
+        self._checkpoints = checkpoints
+        self._requests: dict[int, Request] = {}
+        self._schedule = Schedule(self._pool.count)
+        self._row_pace, self._load_pace = Pace(), Pace()
+
     @property
     def busy(self) -> bool:
         """Whether a step has anything to do."""
         return bool(self._requests)
 
     @property
-    def requests(self) -> int:
-        """How many requests run."""
-        return len(self._requests)
-
-    @property
-    def resident_tokens(self) -> int:
-        """Tokens whose KV is in memory."""
-        return self._tree.resident_tokens
+    def load(self) -> Load:
+        """How full it is."""
+        waiting = len(self._schedule.replies.waiting) + len(self._schedule.ahead.waiting)
+        used = self._pool.count - self._tree.free_slots
+        return Load(
+            requests=len(self._requests),
+            waiting=waiting,
+            resident_tokens=self._tree.resident_tokens,
+            kv_bytes=used * self._model.slot_bytes,
+            disk_bytes=0 if self._checkpoints is None else self._checkpoints.bytes,
+        )
 
     def warm(self, request: int, ids: npt.ArrayLike) -> None:
         """Start to bring the KV of ``ids``; ends with :class:`Prefilled`."""
-        self._admit(request, "warm", ids, 0, None)
+        self._start(request, "warm", ids, 0, None)
 
     def generate(
         self, request: int, ids: npt.ArrayLike, params: SamplingParams, start: int
     ) -> None:
         """Start a reply; ends with :class:`Finished`."""
-        self._admit(request, "generate", ids, start, params)
+        self._start(request, "generate", ids, start, params)
 
     def digest(self, request: int, ids: npt.ArrayLike) -> None:
         """Start to bring the KV of ``ids`` and to hash it; ends with :class:`KvDigest`."""
-        self._admit(request, "digest", ids, 0, None)
+        self._start(request, "digest", ids, 0, None)
 
     def cancel(self, request: int) -> None:
         """End a request without a further event; one that has ended already is no error."""
@@ -160,8 +192,23 @@ class TorchEngine:
             self._end(running)
 
     def forget(self, ids: npt.ArrayLike, keep: int) -> None:
-        """Drop resident KV; see :meth:`crdt_llm.inference.engine.Engine.forget`."""
-        self._tree.forget(np.asarray(ids, np.uint32), keep)
+        """Drop KV, on disk too; see :meth:`crdt_llm.inference.engine.Engine.forget`."""
+        tokens = np.asarray(ids, np.uint32)
+        self._tree.forget(tokens, keep)
+        if self._checkpoints is not None:
+            self._checkpoints.forget(tokens, keep)
+
+    def save_one(self) -> bool:
+        """Write one tile to disk that is not there yet; False when there is none.
+
+        For idle times. Only what a reply was made from is written: what was computed ahead, of a
+        text that somebody is still typing perhaps, is not.
+        """
+        tile = None if self._checkpoints is None else self._tree.unsaved()
+        if tile is None:
+            return False
+        self._save(tile)
+        return True
 
     @torch.inference_mode()
     def step(self, emit: Emit) -> None:
@@ -169,23 +216,16 @@ class TorchEngine:
 
         A request that fails emits its error as its last event; the others go on.
         """
-        queue = self._generating or self._warming
-        if not queue:
-            return
-        request = queue[0]
-        queue.rotate(-1)
-        try:
-            self._advance(request, emit)
-        except CrdtLlmError as error:
-            self._end(request)
-            emit(request.id, error)
+        self._admit(emit)
+        self._run(self._schedule.next(), emit)
+        self._postprocess(emit)
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _admit(
+    def _start(
         self,
         number: int,
-        kind: Literal["warm", "generate", "digest"],
+        kind: Kind,
         ids: npt.ArrayLike,
         start: int,
         params: SamplingParams | None,
@@ -195,7 +235,7 @@ class TorchEngine:
             message = f"request {number} is running already"
             raise LocalMisuse(message)
         if len(self._requests) >= REQUESTS_MAX:
-            message = f"{REQUESTS_MAX} requests are running: wait for one of them"
+            message = f"{REQUESTS_MAX} requests run or wait: wait for one of them"
             raise EngineBusy(message)
         if not array.size or array.min() < 0 or array.max() >= self.capabilities.vocabulary:
             message = f"ids must be at least one, each in [0, {self.capabilities.vocabulary})"
@@ -209,82 +249,187 @@ class TorchEngine:
             )
             raise PromptTooLong(message)
         tokens = array.astype(np.uint32)
-        request = Request(
-            id=number,
-            kind=kind,
-            ids=tokens,
-            path=self._tree.open(tokens),
-            start=start,
-            params=params,
-            asked=len(tokens),
-        )
+        request = Request(number, kind, tokens, start, params, asked=len(tokens))
         self._requests[number] = request
-        (self._generating if kind == "generate" else self._warming).append(request)
+        self._schedule.add(request)
+
+    def _admit(self, emit: Emit) -> None:
+        """Let requests run, and tell those that wait their place."""
+        for request in self._schedule.admit():
+            request.path = self._tree.open(request.ids)
+        for place, request in enumerate(self._schedule.replies.waiting):
+            if request.told != place:
+                request.told = place
+                emit(request.id, Queued(place))
+
+    def _leave(self, request: Request) -> None:
+        """Let go of a request's path; what belongs to a reply may be written to disk."""
+        if request.path is not None:
+            if request.kind == "generate":
+                request.path.keep()
+            request.path.close()
+            request.path = None
 
     def _end(self, request: Request) -> None:
         del self._requests[request.id]
-        (self._generating if request.kind == "generate" else self._warming).remove(request)
-        request.path.close()
+        self._schedule.remove(request)
+        self._leave(request)
 
-    def _advance(self, request: Request, emit: Emit) -> None:
-        """Compute the next rows; when none are missing, do what the request is for."""
-        if request.missing:
-            if not request.prefilled:
-                # Another request may have computed the same prefix in the meantime.
-                request.path.adopt(request.ids)
-            if request.missing:
-                request.computed += self._compute(request)
-        if request.missing:
-            return
-        if not request.prefilled:
-            request.prefilled = True
-            if request.kind != "digest":
-                reused = request.asked - request.computed
-                emit(request.id, Prefilled(request.asked, reused, request.computed))
-        if request.params is not None:
-            self._continue(request, request.params, emit)
-            return
-        if request.kind == "digest":
-            emit(request.id, self._hash(request))
+    def _fail(self, request: Request, error: CrdtLlmError, emit: Emit) -> None:
+        over = request.finished
         self._end(request)
+        if not over:  # else it is complete without its last row
+            emit(request.id, error)
 
-    def _compute(self, request: Request) -> int:
-        """Compute the next chunk of a request's path; returns its rows."""
+    def _run(self, step: Step, emit: Emit) -> None:
+        """Compute the rows of a step in one pass."""
+        planned: dict[int, _Planned] = {}  # by slot
+        for request in step.decoding:
+            self._plan(request, 1, planned, emit)
+        prefilling = step.prefilling
+        if prefilling is not None and prefilling.path is not None:
+            # Another request may have computed the same prefix in the meantime.
+            prefilling.path.adopt(prefilling.ids)
+            if not self._restore(prefilling, planned, emit):
+                self._plan(prefilling, step.rows_max, planned, emit)
+        if not planned:
+            return
+        work = list(planned.values())
+        before = self._clock()
+        ids = torch.from_numpy(np.concatenate([each.ids for each in work]).astype(np.int64))
+        self._model.forward(ids, [each.chunk for each in work], self._pool)
+        if not step.decoding:
+            self._row_pace.note((self._clock() - before) / len(ids))
+        for each in work:
+            each.path.append(each.ids)
+            if not each.request.prefilled:
+                each.request.computed += len(each.ids)
+
+    def _plan(
+        self, request: Request, rows_max: int, planned: dict[int, _Planned], emit: Emit
+    ) -> None:
+        """Find room for the next rows of a request."""
         path = request.path
-        extent = path.reserve()
-        # Chunks end at multiples of their size, so that the blocks of attention are full.
-        rows = min(CHUNK_ROWS_MAX - path.length % CHUNK_ROWS_MAX, request.missing, extent.room)
+        if path is None or not request.missing:
+            return  # it gave way to another one of this step, or has all
+        extent = self._reserve(request, path, planned, emit)
+        if extent is None or extent.slot in planned:
+            return  # of two that stand at one tip the second one copies it, in the next step
+        if rows_max > WIDE_BLOCK:  # end where a block of attention ends
+            rows_max -= path.length % WIDE_BLOCK
+        rows = min(rows_max, request.missing, extent.room)
+        chunk = Chunk(path.length, rows, [tile.slot for tile in path.tiles])
         ids = request.ids[path.length : path.length + rows]
-        slots = [tile.slot for tile in path.tiles]
-        chunk = Chunk(position=path.length, rows=rows, slots=slots)
-        self._model.forward(torch.from_numpy(ids.astype(np.int64)), [chunk], self._pool)
-        path.append(ids)
-        return rows
+        planned[extent.slot] = _Planned(request, path, ids, chunk)
 
-    def _logits(self, request: Request) -> npt.NDArray[np.float32]:
-        """The logits at the end of a path whose rows are all there."""
-        depth, row = divmod(len(request.ids) - 1, TILE)
-        logits = self._model.logits(self._pool, [(request.path.tiles[depth].slot, row)])
-        array: npt.NDArray[np.float32] = logits[0].numpy()
-        return array
+    def _reserve(
+        self, request: Request, path: Path, planned: dict[int, _Planned], emit: Emit
+    ) -> Extent | None:
+        """Room for the next rows of a path, though others have to give way; None if it failed."""
+        while True:
+            try:
+                return path.reserve()
+            except EngineBusy as error:
+                gone = self._schedule.give_way()
+                if gone is None:
+                    self._fail(request, error, emit)
+                    return None
+            for slot, each in list(planned.items()):
+                if each.request is gone:
+                    del planned[slot]
+            self._leave(gone)
+            gone.told = None
+            if gone.finished:  # a reply that is over is complete without its last row
+                self._end(gone)
+            if gone is request:
+                return None
 
-    def _continue(self, request: Request, params: SamplingParams, emit: Emit) -> None:
-        """Sample the next token, unless the reply has ended before (when it is resumed)."""
-        reason = self._ended(request, params)
-        if reason is None:
-            chosen, logprob = sample(self._logits(request), params, len(request.ids))
+    def _restore(self, request: Request, planned: dict[int, _Planned], emit: Emit) -> bool:
+        """Read the next rows of a path from disk, if they are there and that is faster."""
+        path, checkpoints = request.path, self._checkpoints
+        if path is None or checkpoints is None or not request.missing:
+            return False
+        one = checkpoints.find(request.ids, path.length)
+        if one is None:
+            return False
+        end = common_prefix(one.ids, request.ids)
+        if self._row_pace.seconds is not None and self._load_pace.seconds is not None:
+            replay = (end - path.length) * self._row_pace.seconds
+            if replay < self._load_pace.seconds:
+                return False
+        before = self._clock()
+        rows = checkpoints.load(one)
+        if rows is None:
+            return False
+        extent = self._reserve(request, path, planned, emit)
+        if extent is None or extent.slot in planned:
+            return True
+        first, last = extent.offset, extent.offset + end - path.length
+        self._pool.kv[extent.slot, :, :, first:last] = rows.kv[:, :, first:last]
+        self._pool.hidden[extent.slot, first:last] = rows.hidden[first:last]
+        path.append(request.ids[path.length : end])
+        path.restored()
+        self._load_pace.note(self._clock() - before)
+        return True
+
+    def _save(self, tile: Tile) -> None:
+        """Write the rows of a tile that may be on disk."""
+        if self._checkpoints is None:
+            return
+        ids = tile.path
+        rows = Rows(
+            ids=ids[: len(ids) - len(tile.tokens) + tile.kept],
+            kv=self._pool.kv[tile.slot, :, :, : tile.kept].contiguous(),
+            hidden=self._pool.hidden[tile.slot, : tile.kept],
+        )
+        self._checkpoints.save(rows)
+        tile.saved = tile.kept
+
+    def _postprocess(self, emit: Emit) -> None:
+        """Do what those are for whose rows are all there."""
+        sampling = []
+        for request in [*self._schedule.replies.running, *self._schedule.ahead.running]:
+            if request.path is None or request.missing:
+                continue
+            self._report(request, request.path, emit)
+            if request.params is None:
+                self._end(request)
+            elif not self._finish(request, request.params, emit):
+                sampling.append((request, request.path, request.params))
+        if not sampling:
+            return
+        logits = self._logits([(path, len(request.ids) - 1) for request, path, _ in sampling])
+        for row, (request, _, params) in zip(logits, sampling, strict=True):
+            chosen, logprob = sample(row, params, len(request.ids))
             request.ids = np.append(request.ids, np.uint32(chosen))
             emit(request.id, Sampled(chosen, logprob))
-            reason = self._ended(request, params)
-        if reason is None:
+            self._finish(request, params, emit)
+
+    def _report(self, request: Request, path: Path, emit: Emit) -> None:
+        """Say that the KV of the prompt is there, once."""
+        if request.prefilled:
             return
-        emit(request.id, Finished(reason))
-        if request.missing:
-            # The last token's row, now that nobody waits: what follows on this path then finds
-            # everything before it resident.
-            with contextlib.suppress(EngineBusy):  # the reply is complete without it
-                self._compute(request)
-        self._end(request)
+        request.prefilled = True
+        if request.kind == "digest":
+            emit(request.id, self._hash(request, path))
+        else:
+            reused = request.asked - request.computed
+            emit(request.id, Prefilled(request.asked, reused, request.computed))
+
+    def _finish(self, request: Request, params: SamplingParams, emit: Emit) -> bool:
+        """Whether a reply is over. It leaves when the row of its last token is there too.
+
+        What follows on its path then finds everything before it resident, and nobody waits for it.
+        """
+        if not request.finished:
+            reason = self._ended(request, params)
+            if reason is None:
+                return False
+            request.finished = True
+            emit(request.id, Finished(reason))
+        if not request.missing:
+            self._end(request)
+        return True
 
     def _ended(self, request: Request, params: SamplingParams) -> FinishReason | None:
         sampled = len(request.ids) - request.start
@@ -296,12 +441,26 @@ class TorchEngine:
             return "positions"
         return None
 
-    def _hash(self, request: Request) -> KvDigest:
-        """Hash tile by tile, each as ``(layer, head, row, value)``."""
+    def _logits(self, ends: Sequence[tuple[Path, int]]) -> npt.NDArray[np.float32]:
+        """The logits behind resident positions, each of a path."""
+        places = [(path.tiles[at // TILE].slot, at % TILE) for path, at in ends]
+        array: npt.NDArray[np.float32] = self._model.logits(self._pool, places).numpy()
+        return array
+
+    def _hash(self, request: Request, path: Path) -> KvDigest:
+        """Hash tile by tile, each as ``(layer, head, row, value)``, then their digests.
+
+        The rows of a full tile never change, so its digest is kept.
+        """
         state = hashlib.sha256()
-        for index, tile in enumerate(request.path.tiles):
+        for index, tile in enumerate(path.tiles):
             rows = min(TILE, len(request.ids) - index * TILE)
-            values = self._pool.kv[tile.slot, :, :, :rows].contiguous()
-            state.update(values.view(torch.uint8).numpy().data)
-        logits = self._logits(request).astype("<f4").tobytes()
+            digest = tile.digest
+            if digest is None or rows < TILE:
+                values = self._pool.kv[tile.slot, :, :, :rows].contiguous()
+                digest = hashlib.sha256(values.view(torch.uint8).numpy().data).digest()
+                if rows == TILE:
+                    tile.digest = digest
+            state.update(digest)
+        logits = self._logits([(path, len(request.ids) - 1)])[0].astype("<f4").tobytes()
         return KvDigest(kv=state.digest(), logits=hashlib.sha256(logits).digest())

@@ -8,18 +8,21 @@ Run as ``python -m crdt_llm.inference.worker MODEL``; standard input and output 
 own, because torch in a thread starves behind a busy event loop.
 
 It ends when its input closes, in the middle of a computation too: a parent that was killed closes
-the pipe without a word, and a thread that only reads sees it. Nothing needs to be put in order on
-the way out, since everything here is derived from documents elsewhere.
+the pipe without a word, and a thread that only reads sees it. On the way out KV is written to disk
+for a moment; what is lost is derived from documents elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import os
 import queue
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
@@ -29,7 +32,7 @@ from crdt_llm.inference import pipe
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from crdt_llm.inference.engine import Finished, KvDigest, Prefilled, Sampled
+    from crdt_llm.inference.engine import Finished, KvDigest, Prefilled, Queued, Sampled
     from crdt_llm.inference.torch_engine import TorchEngine
 
 EXIT_INPUT_CLOSED = 0
@@ -47,6 +50,21 @@ COMMANDS_WAITING_MAX = 4096
 pipe fills up and the parent waits."""
 
 
+IDLE_S = 1.0
+"""After so long without a command KV goes to disk: not between the turns of a quick exchange."""
+
+SAVE_S_MAX = 3.0
+"""How long the process may live without an input, to write KV to disk: some gigabytes."""
+
+
+class _EndOfInput:
+    """What comes after the last command."""
+
+
+END_OF_INPUT = _EndOfInput()
+_Input = pipe.Command | _EndOfInput
+
+
 def _leave(code: int, last_words: str = "") -> NoReturn:
     """End at once, whatever other threads compute and whether or not anybody reads the log."""
     try:
@@ -56,11 +74,14 @@ def _leave(code: int, last_words: str = "") -> NoReturn:
         os._exit(code)
 
 
-def _read_commands(source: BinaryIO, commands: queue.Queue[pipe.Command]) -> None:
+def _read_commands(source: BinaryIO, commands: queue.Queue[_Input]) -> None:
     """The reading thread: commands into the queue, the end of input into the end of the process."""
     while True:
         head = source.read(pipe.LENGTH.size)
         if len(head) < pipe.LENGTH.size:
+            with contextlib.suppress(queue.Full):  # then nobody takes it either
+                commands.put_nowait(END_OF_INPUT)
+            time.sleep(SAVE_S_MAX)
             _leave(EXIT_INPUT_CLOSED)
         try:
             body = source.read(pipe.decode_length(head))
@@ -84,7 +105,7 @@ class _Reports:
             _leave(EXIT_INPUT_CLOSED)  # the parent is gone
 
     def event(
-        self, request: int, event: Prefilled | Sampled | Finished | KvDigest | CrdtLlmError
+        self, request: int, event: Queued | Prefilled | Sampled | Finished | KvDigest | CrdtLlmError
     ) -> None:
         if isinstance(event, CrdtLlmError):
             self.write(pipe.Event(request, pipe.Failed.of(event)))
@@ -92,7 +113,7 @@ class _Reports:
             self.write(pipe.Event(request, event))
 
 
-def _load(model: Path, threads: int | None, kv_memory_bytes: int | None) -> TorchEngine:
+def _load(options: argparse.Namespace) -> TorchEngine:
     # Unless somebody knows better. It has to be in place before torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
@@ -103,11 +124,14 @@ def _load(model: Path, threads: int | None, kv_memory_bytes: int | None) -> Torc
     except ModuleNotFoundError as error:
         message = f"{error.name} is not installed: install crdt-llm[inference]"
         raise ModelUnusable(message) from error
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if kv_memory_bytes is None:
-        return torch_engine.TorchEngine(model)
-    return torch_engine.TorchEngine(model, kv_memory_bytes)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    budgets = {
+        name: value
+        for name in ("kv_memory_bytes", "kv_folder", "kv_disk_bytes")
+        if (value := getattr(options, name)) is not None
+    }
+    return torch_engine.TorchEngine(options.model, **budgets)
 
 
 def _take(command: pipe.Command, engine: TorchEngine, reports: _Reports) -> None:
@@ -127,24 +151,40 @@ def _take(command: pipe.Command, engine: TorchEngine, reports: _Reports) -> None
                 engine.forget(pipe.unpack_ids(command.ids), command.keep)
                 reports.write(pipe.Event(command.request, pipe.Forgotten()))
             case pipe.Measure():
-                measured = pipe.Measured(engine.requests, engine.resident_tokens)
+                measured = pipe.Measured(*dataclasses.astuple(engine.load))
                 reports.write(pipe.Event(command.request, measured))
     except CrdtLlmError as error:
         reports.event(command.request, error)
 
 
-def _run(engine: TorchEngine, commands: queue.Queue[pipe.Command], reports: _Reports) -> None:
-    """Take every waiting command, then do one step; without work, wait for a command."""
+def _run(engine: TorchEngine, commands: queue.Queue[_Input], reports: _Reports) -> NoReturn:
+    """Take every waiting command, then do one step; without work, write KV to disk, then wait."""
     while True:
-        if not engine.busy:
-            _take(commands.get(), engine, reports)
-        while True:
-            try:
-                command = commands.get_nowait()
-            except queue.Empty:
-                break
+        command = _next(commands, idle_s=0) if engine.busy else _wait(commands, engine)
+        while command is not None:
+            if isinstance(command, _EndOfInput):
+                while engine.save_one():
+                    pass
+                _leave(EXIT_INPUT_CLOSED)
             _take(command, engine, reports)
+            command = _next(commands, idle_s=0)
         engine.step(reports.event)
+
+
+def _wait(commands: queue.Queue[_Input], engine: TorchEngine) -> _Input:
+    """The next command. After a pause, KV that is only in memory is written to disk meanwhile."""
+    command = _next(commands, IDLE_S)
+    while command is None and engine.save_one():
+        command = _next(commands, idle_s=0)
+    return commands.get() if command is None else command
+
+
+def _next(commands: queue.Queue[_Input], idle_s: float) -> _Input | None:
+    """The next command, or None if there is none for so long."""
+    try:
+        return commands.get(block=idle_s > 0, timeout=idle_s or None)
+    except queue.Empty:
+        return None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -157,6 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--kv-memory-bytes", type=int)
+    parser.add_argument("--kv-folder", type=Path)
+    parser.add_argument("--kv-disk-bytes", type=int)
     options = parser.parse_args(arguments)
 
     # The terminal's interrupt goes to the whole group; the node decides when the engine ends.
@@ -165,13 +207,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reports = _Reports(os.fdopen(os.dup(sys.stdout.fileno()), "wb"))
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    commands: queue.Queue[pipe.Command] = queue.Queue(COMMANDS_WAITING_MAX)
+    commands: queue.Queue[_Input] = queue.Queue(COMMANDS_WAITING_MAX)
     reader = threading.Thread(
         target=_read_commands, args=(sys.stdin.buffer, commands), name="commands", daemon=True
     )
     reader.start()
     try:
-        engine = _load(options.model, options.threads, options.kv_memory_bytes)
+        engine = _load(options)
     except CrdtLlmError as error:
         reports.write(pipe.Event(pipe.NO_REQUEST, pipe.Failed.of(error)))
         _leave(EXIT_UNUSABLE)

@@ -14,28 +14,31 @@ from hypothesis import strategies as st
 from tiny_model import HEAD_DIM, POSITIONS
 
 from crdt_llm.errors import (
-    CrdtLlmError,
     EngineBusy,
     LocalMisuse,
     ModelUnusable,
     PromptTooLong,
 )
-from crdt_llm.inference import torch_engine
+from crdt_llm.inference import schedule
 from crdt_llm.inference.engine import (
     BIT_EXACT,
     Finished,
     KvDigest,
     Prefilled,
+    Queued,
     Sampled,
     SamplingParams,
 )
-from crdt_llm.inference.kv import TILE, KvTree
+from crdt_llm.inference.kv import TILE
 from crdt_llm.inference.llama import fingerprint, read_config, read_rope, read_shape
+from crdt_llm.inference.schedule import REPLIES_MAX
 from crdt_llm.inference.torch_engine import REQUESTS_MAX, TorchEngine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from crdt_llm.inference import torch_engine
 
 KV_BYTES = 1 << 24  # 64 tiles of the tiny model
 END = 317  # <|im_end|> of the tiny tokenizer
@@ -113,15 +116,12 @@ def ids_in(events: Sequence[torch_engine.Event]) -> list[int]:
     return [event.id for event in events if isinstance(event, Sampled)]
 
 
-def fresh(engine: TorchEngine) -> TorchEngine:
+def fresh(engine: TorchEngine, kv_bytes: int = KV_BYTES) -> TorchEngine:
     """The same model with an empty KV tree, as after a restart (the weights are not read again)."""
     anew = object.__new__(TorchEngine)
     anew.__dict__.update(engine.__dict__)
-    anew._pool = engine._model.new_pool(KV_BYTES)
-    anew._tree = KvTree(anew._pool)
-    anew._requests = {}
-    anew._generating = type(engine._generating)()
-    anew._warming = type(engine._warming)()
+    anew._kv_memory_bytes = kv_bytes
+    anew._begin(None)
     return anew
 
 
@@ -151,7 +151,7 @@ def test_the_size_of_a_chunk_leaves_no_trace(
     rows: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch_engine, "CHUNK_ROWS_MAX", rows)
+    monkeypatch.setattr(schedule, "CHUNK_ROWS_MAX", rows)
     assert digest(empty, TEXT[:600]) == whole[600]
     assert digest(empty, TEXT[:300]) == whole[300]
 
@@ -427,30 +427,88 @@ def test_cancelling_what_has_ended_is_no_error(empty: TorchEngine) -> None:
     empty.cancel(12345)
 
 
-def test_generating_goes_before_warming_and_takes_turns(empty: TorchEngine) -> None:
+def test_replies_run_side_by_side_and_warming_waits_for_them(empty: TorchEngine) -> None:
     run = Run(empty)
     empty.warm(1, TEXT[:64])
     empty.generate(2, text_of(2, 10), SamplingParams(4, ignore_eos=True), 10)
     empty.generate(3, text_of(3, 10), SamplingParams(4, ignore_eos=True), 10)
-    order: list[int] = []
+    steps: list[list[int]] = []
     while empty.busy:
-        empty.step(lambda request, event: order.append(request))  # noqa: ARG005 - the order is enough
-    assert order == [2, 2, 3, 3, 2, 3, 2, 3, 2, 2, 3, 3, 1]
-    assert run.events == {}
+        steps.append([])
+        run.engine.step(lambda request, event: steps[-1].append(request))  # noqa: ARG005 - who is enough
+    assert [2, 3] in steps
+    assert steps[-1] == [1]
+    assert not any(1 in step for step in steps[:-1])
 
 
-def test_without_room_a_request_fails_and_the_others_go_on(
+def test_a_long_prompt_stalls_no_stream(empty: TorchEngine) -> None:
+    run = Run(empty)
+    empty.generate(1, text_of(2, 10), SamplingParams(40, ignore_eos=True), 10)
+    run.step()
+    empty.generate(2, TEXT[:600], SamplingParams(2, ignore_eos=True), 600)
+    empty.generate(3, text_of(3, 20), SamplingParams(2, ignore_eos=True), 20)
+    while 2 not in run.events:
+        before = len(run.events[1])
+        run.step()
+        assert len(run.events[1]) == before + 1  # a token in every step
+        if len(run.events.get(3, [])) < 4:
+            assert 2 not in run.events  # the short prompt had its turn in between
+    run.finish()
+    assert run.events[3][-1] == Finished("length")
+
+
+def test_replies_beyond_the_limit_wait_in_their_order_and_hear_of_it(empty: TorchEngine) -> None:
+    run = Run(empty)
+    params = SamplingParams(3, 0.8, ignore_eos=True)
+    for number in range(REPLIES_MAX + 3):
+        empty.generate(number, text_of(number, 12), params, 12)
+    run.step()
+    waiting = {
+        number: events for number, events in run.events.items() if Queued in map(type, events)
+    }
+    assert waiting == {REPLIES_MAX + place: [Queued(place)] for place in range(3)}
+    assert empty.load.waiting == 3
+    run.finish()
+    for number, events in run.events.items():
+        alone = reply(fresh(empty), text_of(number, 12), params)
+        assert [event for event in events if not isinstance(event, Queued)] == alone
+    places = [event.place for event in run.events[REPLIES_MAX + 2] if isinstance(event, Queued)]
+    assert places == sorted(places, reverse=True)
+
+
+def test_without_room_replies_take_turns_and_lose_nothing(
     engine: TorchEngine, tiny_model_dir: Path
 ) -> None:
     small = with_slots(engine, tiny_model_dir, 3)
     run = Run(small)
-    small.generate(1, TEXT[:200], SamplingParams(300, ignore_eos=True), 200)
-    small.generate(2, text_of(2, 300), SamplingParams(200, ignore_eos=True), 300)
+    asks = {
+        1: (TEXT[:200], SamplingParams(300, 0.8, seed=1, ignore_eos=True)),
+        2: (text_of(2, 300), SamplingParams(200, 0.8, seed=2, ignore_eos=True)),
+        3: (text_of(3, 30), SamplingParams(250, 0.8, seed=3, ignore_eos=True)),
+    }
+    for number, (ids, params) in asks.items():
+        small.generate(number, ids, params, len(ids))
     run.finish()
-    failed = [event[-1] for event in run.events.values() if isinstance(event[-1], CrdtLlmError)]
-    assert [type(error) for error in failed] == [EngineBusy]
+    assert any(isinstance(event, Queued) for events in run.events.values() for event in events)
+    for number, (ids, params) in asks.items():
+        alone = reply(fresh(engine), ids, params)
+        assert [event for event in run.events[number] if not isinstance(event, Queued)] == alone
+    assert warm(small, text_of(3, 500)).prefilled <= 500
+
+
+def test_what_is_computed_ahead_gives_way_to_a_reply(
+    engine: TorchEngine, tiny_model_dir: Path
+) -> None:
+    small = with_slots(engine, tiny_model_dir, 3)
+    run = Run(small)
+    small.warm(1, TEXT[:500])
+    for _ in range(6):
+        run.step()
+    small.generate(2, text_of(2, 300), SamplingParams(100, ignore_eos=True), 300)
+    run.finish()
     assert run.events[2][-1] == Finished("length")
-    assert warm(small, text_of(3, 500)).prefilled == 500
+    assert isinstance(run.events[1][0], Prefilled)
+    assert digest(small, TEXT[:500]) == digest(fresh(engine), TEXT[:500])
 
 
 def test_a_path_that_the_memory_could_never_hold_is_too_long(
@@ -716,10 +774,7 @@ def real_engine(real_model_dir: Path) -> TorchEngine:
 
 
 def real_fresh(engine: TorchEngine) -> TorchEngine:
-    anew = fresh(engine)
-    anew._pool = engine._model.new_pool(1 << 28)
-    anew._tree = KvTree(anew._pool)
-    return anew
+    return fresh(engine, 1 << 28)
 
 
 @pytest.mark.real_model

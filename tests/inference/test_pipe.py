@@ -22,6 +22,7 @@ from crdt_llm.inference.engine import (
     Finished,
     KvDigest,
     Prefilled,
+    Queued,
     Sampled,
     SamplingParams,
 )
@@ -50,7 +51,8 @@ REPORTS: list[pipe.Report] = [
     pipe.Event(1, Finished("end")),
     pipe.Event(2, KvDigest(b"k" * 32, b"l" * 32)),
     pipe.Event(3, pipe.Forgotten()),
-    pipe.Event(4, pipe.Measured(1, 300)),
+    pipe.Event(4, Queued(3)),
+    pipe.Event(4, pipe.Measured(1, 2, 300, 4000, 50_000)),
     pipe.Event(pipe.NO_REQUEST, pipe.Failed("ModelUnusable", "no")),
 ]
 
