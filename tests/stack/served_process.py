@@ -29,13 +29,15 @@ class ServedProcess:
     Args:
         folder: where its data folder and its log of messages lie.
         model_dir: the model.
+        node: whether it has a node of its own.
     """
 
-    def __init__(self, folder: Path, model_dir: Path) -> None:
+    def __init__(self, folder: Path, model_dir: Path, *, node: bool = True) -> None:
         self.folder = DataFolder(folder / "data")
         self.url = ""
         self._messages = folder / "serve.log"
         self._model_dir = model_dir
+        self._node = node
         self._port = 0
         self._process: asyncio.subprocess.Process | None = None
 
@@ -52,7 +54,7 @@ class ServedProcess:
 
     async def start(self) -> None:
         words = ["serve", "--data", str(self.folder.path), "--port", str(self._port)]
-        words += ["--model", str(self._model_dir)]
+        words += ["--model", str(self._model_dir)] if self._node else ["--no-node"]
         with self._messages.open("ab") as messages:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,

@@ -1,0 +1,108 @@
+"""``crdt-llm node`` as a user runs it: a process, and a folder that outlives it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import sys
+from base64 import urlsafe_b64encode
+from typing import TYPE_CHECKING, Self
+
+from stack.served_process import READY_S_MAX
+
+from crdt_llm.document.keys import SigningKey
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from stack.served_process import ServedProcess
+
+PRIVATE = 0o600
+
+
+async def node_token(server: ServedProcess, file: Path) -> Path:
+    """Issue a token for nodes as an operator does."""
+    words = ["token", "issue", "node", "--node", "--data", str(server.folder.path)]
+    issuing = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "crdt_llm", *words, stdout=asyncio.subprocess.PIPE
+    )
+    said, _ = await issuing.communicate()
+    assert issuing.returncode == 0
+    return keep_secret(file, said)
+
+
+def keep_secret(file: Path, secret: bytes) -> Path:
+    file.touch(PRIVATE)
+    file.write_bytes(secret)
+    return file
+
+
+class NodeProcess:
+    """A node that may die, and comes back on the same folder.
+
+    Args:
+        server: the relay that it serves.
+        token: a file with a token for nodes.
+        folder: its own folder.
+        model_dir: the model.
+    """
+
+    def __init__(self, server: ServedProcess, token: Path, folder: Path, model_dir: Path) -> None:
+        self.folder = folder
+        self._server = server
+        self._token = token
+        self._model_dir = model_dir
+        self._messages = folder / "node.log"
+        self._process: asyncio.subprocess.Process | None = None
+        folder.mkdir(parents=True, mode=0o700)
+        # The one thing that an operator must bring to every node.
+        shutil.copy2(server.folder.key("master"), folder / "master.key")
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    @property
+    def public(self) -> bytes:
+        return SigningKey((self.folder / "node.key").read_bytes()).public
+
+    @property
+    def messages(self) -> str:
+        return self._messages.read_text(encoding="utf-8")
+
+    async def start(self) -> None:
+        words = ["node", "--url", self._server.url, "--token-file", str(self._token)]
+        words += ["--data", str(self.folder), "--model", str(self._model_dir)]
+        with self._messages.open("ab") as messages:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "crdt_llm",
+                *words,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=messages,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+        assert self._process.stdout is not None
+        async with asyncio.timeout(READY_S_MAX):
+            line = (await self._process.stdout.readline()).decode()
+        shown = urlsafe_b64encode(self.public).rstrip(b"=").decode() if line else ""
+        assert line == f"ready {shown}\n", self.messages
+
+    async def kill(self) -> None:
+        """SIGKILL; returns when it is gone."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGKILL)
+        assert await self._process.wait() == -signal.SIGKILL, "it had ended before"
+
+    async def stop(self) -> None:
+        """End it as an operator does."""
+        assert self._process is not None
+        if self._process.returncode is None:
+            self._process.terminate()
+            assert await self._process.wait() == 0, self.messages
