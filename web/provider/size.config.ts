@@ -6,8 +6,11 @@ export default defineConfig({
   build: {
     outDir: 'node_modules/.size',
     emptyOutDir: true,
-    lib: { entry: 'src/index.ts', formats: ['es'] },
-    minify: 'oxc',
-    reportCompressedSize: true
+    reportCompressedSize: true,
+    rolldownOptions: {
+      input: 'src/index.ts',
+      preserveEntrySignatures: 'strict',
+      output: { minify: true }
+    }
   }
 })

@@ -42,6 +42,8 @@ export const IN_FLIGHT_MAX = 32
  * had the last time: putting together costs a whole document, so it waits until that doubled.
  */
 export const TAIL_BYTES_MIN = 256 << 10
+/** The close code of a conversation in which there is no right. */
+const FORBIDDEN = 4403
 /** A wait after a refusal for now that names none. */
 const RETRY_MS = 1_000
 
@@ -412,6 +414,7 @@ export class Replica {
         return this.hearPresence(frame.states)
       case 'closed':
         if (frame.code >= 4400 && frame.code <= 4499) {
+          if (frame.code === FORBIDDEN) this.expelled()
           this.closed = { code: frame.code, reason: frame.reason }
           this.detach()
           this.standing = 'closed'
@@ -422,6 +425,18 @@ export class Replica {
         return
       default: // frames for nodes are not sent to clients
     }
+  }
+
+  /** There is no right any more. If that is what was asked for, it came true. */
+  private expelled(): void {
+    this.grant = null
+    const { principal } = this.author()
+    this.settle(
+      this.outbox.filter(
+        ({ intent }) =>
+          intent.kind === 'access' && intent.principal === principal && intent.grant === null
+      )
+    )
   }
 
   private opened(frame: Opened): void {

@@ -223,6 +223,23 @@ describe('a refused write', () => {
     await changes(one, () => texts(one).includes('too late'))
   })
 
+  it('is not needed to leave', async () => {
+    const [here, there] = [await client(), await client({ token: 'ann' })]
+    const one = await here.create()
+    await one.share('ann', 'writer')
+    await one.settled()
+    const two = await there.open(one.id)
+    await two.synced()
+    await two.leave()
+    await until(
+      () => two.status.state === 'refused',
+      look => two.on('status', look)
+    )
+    expect(two.status).toMatchObject({ code: 4403, unsent: 0, grant: null })
+    expect(two.refused).toEqual([])
+    await changes(one, () => !one.access.has('ann'))
+  })
+
   it('of a stranger closes the conversation and keeps it readable', async () => {
     const here = await client()
     const one = await here.create()

@@ -6,7 +6,13 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { afterAll, beforeAll, expect, it } from 'vitest'
-import { type Client, type Conversation, MemoryStore, openClient } from '../src/index.js'
+import {
+  type Client,
+  type Conversation,
+  type Listed,
+  MemoryStore,
+  openClient
+} from '../src/index.js'
 import { PYTHON, path, realSocket, until } from './relay.js'
 
 const data = mkdtempSync(join(tmpdir(), 'crdt-llm-provider-'))
@@ -46,8 +52,9 @@ afterAll(async () => {
   rmSync(data, { recursive: true, force: true })
 }, 60_000)
 
-const client = async (): Promise<Client> => {
-  const token = readFileSync(join(data, 'data', 'owner.token'), 'utf8').trim()
+const ownerToken = (): string => readFileSync(join(data, 'data', 'owner.token'), 'utf8').trim()
+
+const client = async (token = ownerToken()): Promise<Client> => {
   const opened = await openClient({ url, token, store: new MemoryStore(), socket: realSocket })
   clients.push(opened)
   return opened
@@ -108,4 +115,37 @@ it('stops a reply, and asks again', async () => {
   expect(one.siblings(again)).toEqual([slot, again])
   expect((await one.verify()).map(({ problem }) => problem)).toEqual([null, null])
   expect(one.refused).toEqual([])
+})
+
+it('lists, archives, and lets a guest in and out', async () => {
+  const [here, there] = [await client(), await client()]
+  const listed = (one: Client, holds: (line: Listed | undefined) => boolean): Promise<void> =>
+    until(
+      () => holds(one.list.find(({ id }) => id === conversation.id)),
+      look => one.on('list', look)
+    )
+  const conversation = await here.create({ title: 'Between us' })
+  await conversation.send('hello')
+  await listed(there, line => line?.title === 'Between us' && line.role === 'owner')
+  await conversation.rename('Among us')
+  await listed(there, line => line?.title === 'Among us')
+  await here.archive(conversation.id, true)
+  await listed(there, line => line?.archived === true)
+
+  const invitation = await here.invite(conversation.id, { role: 'writer', name: 'Ann' })
+  const guest = await client(invitation.token)
+  const two = await guest.open(invitation.conversation)
+  await two.synced()
+  expect(two.status.grant).toBe('writer')
+  await two.send('thank you')
+  await two.settled()
+  expect(two.entries().map(({ content }) => content)).toEqual(['hello', 'thank you'])
+  expect(guest.status.principal).toBe(invitation.principal)
+
+  await here.revoke(invitation.id)
+  await until(
+    () => guest.status.state === 'refused',
+    look => guest.on('status', look)
+  )
+  expect(guest.status.code).toBe(4401)
 })
