@@ -6,10 +6,11 @@ gets at the same desk as every other node.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.document.seal import Sealer
@@ -24,16 +25,23 @@ from crdt_llm.sync.frames import Code
 from crdt_llm.sync.leases import LeaseWish
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
     from pathlib import Path
 
     from crdt_llm.cli.folders import DataFolder
     from crdt_llm.errors import CrdtLlmError
     from crdt_llm.inference.engine import Engine
+    from crdt_llm.inference.seat import TakeHint
     from crdt_llm.sync.hub import Hub, Membership
     from crdt_llm.sync.leases import Granted, LeaseOffice
 
 NODE: Final = "node"
+
+
+def _ignore_hint(
+    conversation: str, source: Hashable, *, after: str | None, keep: int, text: str
+) -> None:
+    """Nobody reads drafts yet."""
 
 
 class EmbeddedSeats:
@@ -52,6 +60,7 @@ class EmbeddedSeats:
         self._hub = hub
         self._office = office
         self._seats: dict[str, RoomSeat] = {}
+        self.hint: TakeHint = _ignore_hint  # until there is a node
 
     async def take(
         self, conversation: str, deliver: Callable[[bytes], None], lost: Callable[[], None]
@@ -67,7 +76,13 @@ class EmbeddedSeats:
             wish.fail(error)
             lost()
 
-        membership = await self._hub.join(conversation, NODE, node=True, deliver=deliver, lost=over)
+        def hint(source: int, after: str | None, keep: int, text: str) -> bool:
+            self.hint(conversation, source, after=after, keep=keep, text=text)
+            return True
+
+        membership = await self._hub.join(
+            conversation, NODE, node=True, deliver=deliver, lost=over, hint=hint
+        )
         seat = RoomSeat(membership, wish, lambda: self._leave(conversation))
         self._seats[conversation] = seat
         return seat
@@ -107,8 +122,12 @@ class RoomSeat:
 
     @property
     def state(self) -> bytes:
-        """See :class:`~crdt_llm.inference.seat.Seat`."""
-        return self._membership.state
+        """See :class:`~crdt_llm.inference.seat.Seat`.
+
+        It is given once: what is withdrawn later must not stay here.
+        """
+        state, self._membership.state = self._membership.state, b""
+        return state
 
     async def lease(self) -> Lease:
         """See :class:`~crdt_llm.inference.seat.Seat`."""
@@ -123,6 +142,10 @@ class RoomSeat:
             if error.code == Code.STALE_EPOCH:
                 raise LeaseLost(str(error)) from error
             raise
+
+    def show(self, client: int, clock: int, state: dict[str, Any]) -> None:
+        """See :class:`~crdt_llm.inference.presence.Shows`."""
+        self._membership.say(client, clock, json.dumps(state, separators=(",", ":")))
 
     async def leave(self) -> None:
         """See :class:`~crdt_llm.inference.seat.Seat`."""
@@ -164,4 +187,6 @@ def make_node(folder: DataFolder, hub: Hub, model_dir: Path, office: LeaseOffice
     surroundings = Surroundings(seats.take, start_engine, now_ms, os.urandom)
     sealer = Sealer(master, os.urandom)
     identity = Identity(node_key, sealer, os.urandom, str(model_dir.name), renderer.id)
-    return Node(surroundings, renderer, vocabulary, identity)
+    node = Node(surroundings, renderer, vocabulary, identity)
+    seats.hint = node.hint
+    return node

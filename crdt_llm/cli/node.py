@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
 import os
 import platform
@@ -22,7 +23,7 @@ from base64 import urlsafe_b64encode
 from contextlib import contextmanager
 from dataclasses import dataclass
 from random import SystemRandom
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from filelock import FileLock, Timeout
 
@@ -153,8 +154,12 @@ class RemoteSeat:
 
     @property
     def state(self) -> bytes:
-        """See :class:`~crdt_llm.inference.seat.Seat`."""
-        return self._seat.state
+        """See :class:`~crdt_llm.inference.seat.Seat`.
+
+        It is given once: what is withdrawn later must not stay here.
+        """
+        state, self._seat.state = self._seat.state, b""
+        return state
 
     async def lease(self) -> Lease:
         """See :class:`~crdt_llm.inference.seat.Seat`."""
@@ -164,6 +169,10 @@ class RemoteSeat:
     async def submit(self, update: bytes) -> None:
         """See :class:`~crdt_llm.inference.seat.Seat`."""
         await self._seat.submit(update)
+
+    def show(self, client: int, clock: int, state: dict[str, Any]) -> None:
+        """See :class:`~crdt_llm.inference.presence.Shows`."""
+        self._seat.say(client, clock, json.dumps(state, separators=(",", ":")))
 
     async def leave(self) -> None:
         """See :class:`~crdt_llm.inference.seat.Seat`."""
@@ -220,12 +229,16 @@ def make_node(
     async def take_seat(
         conversation: str, deliver: Callable[[bytes], None], lost: Callable[[], None]
     ) -> RemoteSeat:
-        return RemoteSeat(await link.take_seat(conversation, Calls(deliver, lost)))
+        def hint(source: int, after: str | None, keep: int, text: str) -> None:
+            node.hint(conversation, source, after=after, keep=keep, text=text)
+
+        return RemoteSeat(await link.take_seat(conversation, Calls(deliver, lost, hint)))
 
     surroundings = Surroundings(take_seat, start_engine, now_ms, os.urandom, seats_max=SEATS_MAX)
     sealer = Sealer(secrets.master, os.urandom)
     identity = Identity(secrets.key, sealer, os.urandom, model_dir.name, renderer.id)
-    return Node(surroundings, renderer, vocabulary, identity)
+    node = Node(surroundings, renderer, vocabulary, identity)
+    return node
 
 
 async def serve_node(

@@ -95,6 +95,8 @@ class Desk:
         try:
             for update in (seat.state, *self._early):
                 conversation.apply(update)
+            del update  # what is withdrawn later must not stay here
+            self._early = []
             self._sitting = sitting
             self._dirty.set()
             while not self._lost:

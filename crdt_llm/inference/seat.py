@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Hashable
 
     from crdt_llm.inference.engine import Engine
 
@@ -72,6 +72,16 @@ class TakeSeat(Protocol):
             deliver: called with others' committed updates, in their order.
             lost: called when the seat is of no use any more and must be taken anew.
         """
+        ...
+
+
+class TakeHint(Protocol):
+    """How a node hears what people type; see :meth:`crdt_llm.inference.node.Node.hint`."""
+
+    def __call__(
+        self, conversation: str, source: Hashable, *, after: str | None, keep: int, text: str
+    ) -> None:
+        """Take a hint."""
         ...
 
 

@@ -42,6 +42,7 @@ from crdt_llm.sync.verdict import (
     Lacking,
     one_line,
 )
+from crdt_llm.sync.wire import AwarenessState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from crdt_llm.sync.metrics import Metrics
     from crdt_llm.sync.room import Delivery
     from crdt_llm.sync.verdict import Verdict
-    from crdt_llm.sync.wire import AwarenessState
 
 Result = TypeVar("Result")
 
@@ -146,6 +146,11 @@ class Membership(Peer):
                 raise error
             case _:
                 assert_never(verdict)
+
+    def say(self, client: int, clock: int, state_json: str) -> None:
+        """Show a state to everyone in the room, under a client id of this peer's own."""
+        if self._room is not None:
+            self._room.say(self, (AwarenessState(client, clock, state_json),))
 
     def leave(self) -> None:
         """Take no part any more. What was submitted is still carried out, unheard."""

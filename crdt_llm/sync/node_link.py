@@ -55,6 +55,7 @@ from crdt_llm.sync.frames import (
     Nack,
     Open,
     Opened,
+    Presence,
     Renew,
     Renewed,
     State,
@@ -68,7 +69,7 @@ from crdt_llm.sync.frames import (
 from crdt_llm.sync.leases import Granted, LeaseWish
 from crdt_llm.sync.retrying import Backoff, refusal
 from crdt_llm.sync.verdict import CloseCode
-from crdt_llm.sync.wire import decode_state_vector
+from crdt_llm.sync.wire import AwarenessState, decode_state_vector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -191,6 +192,12 @@ class NodeSeat:
                 await asyncio.sleep(again.after_s)
             else:
                 return
+
+    def say(self, client: int, clock: int, state_json: str) -> None:
+        """Show a state to everyone in the room, under a client id of this node's own."""
+        if self._over is None and self.opened.done():
+            states = (AwarenessState(client, clock, state_json),)
+            self._link.send(Presence(self.channel, states))
 
     async def leave(self) -> None:
         """Give the seat back, and the lease with it."""
