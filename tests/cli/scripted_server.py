@@ -23,7 +23,7 @@ from crdt_llm.inference.engine import Capabilities, Finished, Prefilled, Sampled
 from crdt_llm.inference.tokens import Vocabulary
 from crdt_llm.store.register import SqliteRegister
 from crdt_llm.store.sqlite import SqliteLog
-from crdt_llm.sync.access import TokenAccess, load_or_create_token
+from crdt_llm.sync.access import Pass, TokenAccess, load_or_create_token
 from crdt_llm.sync.hub import Hub
 from crdt_llm.sync.leases import LeaseOffice
 from crdt_llm.sync.native_peer import RelayIdentity
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from crdt_llm.inference.engine import Engine, GenerationEvent, SamplingParams
 
 FORMAT = FORMATS["thinking"]
+NODE_TOKEN = "a-node's-token"  # noqa: S105 - of this server alone
+NODE_PASS = Pass("node", node=True)
 FAIL = "fail"
 """A script that makes a reply fail."""
 
@@ -134,10 +136,12 @@ class Server:
         hub = Hub(log, register=register, relay_key=relay_key.public)
         office = LeaseOffice(hub.grant_epoch, relay_key.sign, clock=time.monotonic)
         hub.subscribe(lambda _: self.changed.set())
+        access = TokenAccess(token).authenticate
         relay = Relay(
             hub,
-            authenticate=TokenAccess(token).authenticate,
-            identity=RelayIdentity(bytes(32), log.log_id),
+            authenticate=lambda shown: NODE_PASS if shown == NODE_TOKEN else access(shown),
+            identity=RelayIdentity(relay_key.public, log.log_id),
+            leases=office,
         )
         self._stack.push_async_callback(relay.stop)
         if self.with_node:
