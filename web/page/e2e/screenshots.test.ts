@@ -1,8 +1,9 @@
-// The pictures of the README, of the page as it is. Written only where a folder is named for them, so that
-// a run of the tests changes nothing.
+// The pictures of the README, of the page as it is. With a folder named for them they are taken with the
+// default model, so that the replies are replies; else nothing is written, and the tiny model will do.
 
 import { mkdirSync } from 'node:fs'
 import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
 import type { Conversation } from 'crdt-llm-provider'
 import type { Browser, BrowserContextOptions } from 'playwright-core'
 import { afterAll, beforeAll, expect, test } from 'vitest'
@@ -10,47 +11,54 @@ import { hand } from './hand'
 import { Device, launch, Stack } from './stack'
 
 const FOLDER = process.env.CRDT_LLM_SCREENSHOTS
+const MODELS =
+  process.env.CRDT_LLM_MODELS ?? fileURLToPath(new URL('../../../.venv/models', import.meta.url))
 
 let stack: Stack
 let browser: Browser
 let shown: Conversation
 let end: () => Promise<void>
 
-const PAGES: readonly [string, string][] = [
-  ['A weekend in Lisbon', 'Where should we eat on Sunday?'],
-  ['Rename the billing tables', 'Which migration goes first?'],
-  ['Notes for the talk', 'Shorten the second part.'],
-  ['Bread that does not rise', 'The dough stays flat. Why?']
+const OTHERS = [
+  'A weekend in Lisbon',
+  'Rename the billing tables',
+  'Notes for the talk',
+  'Bread that does not rise'
 ]
+const QUESTIONS = [
+  'What is a hash table? Two sentences, please.',
+  'Write a Python function that counts the words in a text.'
+]
+const PARAMS = { max_tokens: 160, temperature: 0 }
 
-const TURNS: readonly [string, string][] = [
-  [
-    'I have a list of pairs in Python and want the **largest value for each key**. What is the shortest way?',
-    'Go through the pairs once and keep the larger value of each key:\n\n```python\ndef largest(pairs):\n    best = {}\n    for key, value in pairs:\n        best[key] = max(value, best.get(key, value))\n    return best\n```\n\nIt takes one pass, and keys may come in any order.'
-  ],
-  [
-    'And what if the list does not fit into memory?',
-    'Then it still works, as long as the *keys* fit: read the pairs one by one from a file and pass the iterator.\n\n| what grows | with |\n|---|---|\n| time | pairs |\n| memory | keys |\n\nFor more keys than memory, sort the file by key first and keep only one at a time.'
-  ]
-]
+/** Asks, and waits for the end of the reply. Answers its slot. */
+async function asked(question: string): Promise<string> {
+  const { slot } = await shown.ask(question, { params: PARAMS })
+  await new Promise<void>(done => {
+    const stop = shown.on('change', () => {
+      if (shown.entry(slot)?.standing !== 'settled') return
+      stop()
+      done()
+    })
+  })
+  return slot
+}
 
 beforeAll(async () => {
-  stack = await Stack.start({ node: false })
+  stack = await Stack.start({ node: FOLDER === undefined ? true : join(MODELS, 'smollm2-135m') })
   browser = await launch()
   const client = await hand(stack, { device: 'Laptop' })
   end = () => client.close()
-  for (const [title, text] of PAGES) {
-    const made = await client.create({ title })
-    await made.send(text)
-    await made.settled()
-  }
-  shown = await client.create({ title: 'The largest value for each key' })
-  for (const [question, answer] of TURNS) {
-    await shown.send(question)
-    await shown.send(answer, { role: 'system' })
-  }
+  for (const title of OTHERS) await (await client.create({ title })).settled()
+  shown = await client.create({ title: 'Hash tables, and counting words' })
+  for (const question of QUESTIONS) await asked(question)
+  const [, first] = shown.view()
+  await shown.regenerate(first ?? '')
+  // The new version is beside what is shown, not instead of it.
+  await shown.setHead(null)
+  shown.look(null)
   await shown.settled()
-})
+}, 300_000)
 afterAll(async () => {
   await end()
   await browser.close()
@@ -59,13 +67,13 @@ afterAll(async () => {
 
 const looks: readonly [string, BrowserContextOptions, string][] = [
   ['light', { colorScheme: 'light', viewport: { width: 1120, height: 720 } }, ''],
-  ['dark', { colorScheme: 'dark', viewport: { width: 1120, height: 720 } }, 'Control+Shift+M'],
+  ['dark', { colorScheme: 'dark', viewport: { width: 1280, height: 720 } }, 'Control+Shift+M'],
   ['narrow', { colorScheme: 'dark', viewport: { width: 390, height: 720 } }, '']
 ]
 for (const [name, options, key] of looks) {
   test(`a picture of the page (${name})`, async () => {
     const device = await Device.open(browser, stack, { ...options, name: 'Phone', at: shown.id })
-    await expect.poll(() => device.articles.count()).toBe(TURNS.length * 2)
+    await expect.poll(() => device.articles.count()).toBe(QUESTIONS.length * 2)
     await device.page.locator('.people').waitFor()
     if (key) await device.page.keyboard.press(key)
     await device.composer.blur()

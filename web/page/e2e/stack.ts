@@ -63,11 +63,12 @@ export class Stack {
   readonly #folder = mkdtempSync(join(tmpdir(), 'crdt-llm-page-'))
   readonly #model: string | null
 
-  private constructor(withNode: boolean) {
-    this.#model = withNode ? buildModel(this.#folder) : null
+  private constructor(node: boolean | string) {
+    this.#model = node === true ? buildModel(this.#folder) : node || null
   }
 
-  static async start({ node = true } = {}): Promise<Stack> {
+  /** With the tiny model, with a model in a folder, or without a node. */
+  static async start({ node = true as boolean | string } = {}): Promise<Stack> {
     const stack = new Stack(node)
     await stack.start()
     return stack

@@ -18,6 +18,9 @@ function placeholder(client: LiveClient, live: LiveConversation): string {
     : 'Message: it is sent when you are back online'
 }
 
+/** With a keyboard on the screen there is no Shift to make a line with: Enter does, and the button sends. */
+const entersLines = (): boolean => matchMedia('(pointer: coarse)').matches
+
 export function Composer({
   client,
   live
@@ -90,7 +93,7 @@ export function Composer({
         value={text}
         onInput={event => change(event.currentTarget.value)}
         onKeyDown={event => {
-          if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) {
+          if (event.key === 'Enter' && !event.shiftKey && !event.isComposing && !entersLines()) {
             event.preventDefault()
             void send()
           } else if (event.key === 'Escape' && isReplying) {

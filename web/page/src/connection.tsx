@@ -3,6 +3,7 @@
 import type { ClientStatus } from 'crdt-llm-provider'
 import type { JSX } from 'preact'
 import type { LiveClient } from './live'
+import { openSettings } from './overlays'
 
 function words(status: ClientStatus): string {
   switch (status.state) {
@@ -26,7 +27,12 @@ export function ConnectionLine({ client }: { client: LiveClient }): JSX.Element 
       <span class="connection-words" role="status">
         {words(status)}
       </span>
-      {(status.state === 'offline' || status.state === 'refused') && (
+      {status.state === 'refused' && (
+        <button type="button" class="link" onClick={openSettings}>
+          Sign in
+        </button>
+      )}
+      {status.state === 'offline' && (
         <button type="button" class="link" onClick={() => client.on.retry()}>
           Try now
         </button>

@@ -5,6 +5,7 @@ import { useState } from 'preact/hooks'
 import { deviceName, forget, identities, nameDevice, use } from './identity'
 import type { LiveClient } from './live'
 import { hints, type Theme, theme } from './settings'
+import { TokenForm } from './sign-in'
 
 const THEMES: readonly [Theme, string][] = [
   ['system', 'As the system'],
@@ -103,6 +104,10 @@ export function SettingsForm({ client }: { client: LiveClient }): JSX.Element {
             </li>
           ))}
         </ul>
+        <details>
+          <summary>Another account</summary>
+          <TokenForm />
+        </details>
       </section>
     </div>
   )

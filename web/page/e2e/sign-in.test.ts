@@ -1,0 +1,46 @@
+// A browser without a token, with a wrong one, and with the right one.
+
+import type { Browser } from 'playwright-core'
+import { afterAll, beforeAll, expect, test } from 'vitest'
+import { Device, launch, Stack } from './stack'
+
+let stack: Stack
+let browser: Browser
+
+beforeAll(async () => {
+  stack = await Stack.start({ node: false })
+  browser = await launch()
+})
+afterAll(async () => {
+  await browser.close()
+  await stack.remove()
+})
+
+test('a browser without a token is asked for one', async () => {
+  const context = await browser.newContext()
+  const page = await context.newPage()
+  await page.goto(stack.url)
+  await page.getByLabel('Token').fill('two words')
+  await page.getByRole('button', { name: 'Sign in' }).click()
+  await page.getByText('That is no token.').waitFor()
+  await page.getByLabel('Token').fill(stack.token)
+  await page.getByRole('button', { name: 'Sign in' }).click()
+  await page.getByText('Online').waitFor()
+  await context.close()
+})
+
+test('a wrong token is said to be one, and another can be given', async () => {
+  const device = await Device.open(browser, stack, { token: 'a'.repeat(43) })
+  const { page } = device
+  await page.locator('.connection.refused').waitFor()
+  await page.locator('.connection').getByRole('button', { name: 'Sign in' }).click()
+  await page.getByText('Another account').click()
+  await page.getByLabel('Token').fill(stack.token)
+  await page.getByRole('dialog').getByRole('button', { name: 'Sign in' }).click()
+  await page.getByText('Online').waitFor()
+  await page.getByRole('button', { name: 'Settings' }).click()
+  await page.getByRole('button', { name: 'Sign out' }).click()
+  await page.getByText('This page needs a token.').or(page.locator('.connection')).first().waitFor()
+  expect(await page.evaluate(() => Object.values(localStorage).join())).not.toContain(stack.token)
+  await device.close()
+})
