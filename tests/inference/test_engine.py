@@ -9,6 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from engine_runs import (
+    KV_BYTES,
+    Run,
+    digest,
+    fresh,
+    ids_in,
+    reply,
+    text_of,
+    warm,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_model import HEAD_DIM, POSITIONS
@@ -23,7 +33,6 @@ from crdt_llm.inference import schedule
 from crdt_llm.inference.engine import (
     BIT_EXACT,
     Finished,
-    KvDigest,
     Prefilled,
     Queued,
     Sampled,
@@ -38,9 +47,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from crdt_llm.inference import torch_engine
+    from crdt_llm.inference.engine import KvDigest
 
-KV_BYTES = 1 << 24  # 64 tiles of the tiny model
+
 END = 317  # <|im_end|> of the tiny tokenizer
 
 
@@ -58,71 +67,10 @@ def engine(tiny_model_dir: Path) -> TorchEngine:
     return TorchEngine(tiny_model_dir, KV_BYTES)
 
 
-class Run:
-    """Drives an engine to the end and sorts the events by request."""
-
-    def __init__(self, engine: TorchEngine) -> None:
-        self.engine = engine
-        self.events: dict[int, list[torch_engine.Event]] = {}
-
-    def step(self) -> None:
-        self.engine.step(lambda request, event: self.events.setdefault(request, []).append(event))
-
-    def finish(self) -> None:
-        while self.engine.busy:
-            self.step()
-
-
 def with_slots(engine: TorchEngine, folder: Path, slots: int) -> TorchEngine:
     """An engine whose KV memory holds so many tiles and a half of the model of ``engine``."""
     slot_bytes = KV_BYTES // engine._pool.count
     return TorchEngine(folder, slots * slot_bytes + slot_bytes // 2)
-
-
-def text_of(seed: int, length: int) -> list[int]:
-    """Random ids; the same seed gives the same beginning."""
-    generator = np.random.Generator(np.random.PCG64(seed))
-    return [int(value) for value in generator.integers(0, 256, length)]
-
-
-def digest(engine: TorchEngine, ids: Sequence[int]) -> KvDigest:
-    run = Run(engine)
-    engine.digest(0, ids)
-    run.finish()
-    (event,) = run.events[0]
-    assert isinstance(event, KvDigest)
-    return event
-
-
-def warm(engine: TorchEngine, ids: Sequence[int]) -> Prefilled:
-    run = Run(engine)
-    engine.warm(0, ids)
-    run.finish()
-    (event,) = run.events[0]
-    assert isinstance(event, Prefilled)
-    return event
-
-
-def reply(
-    engine: TorchEngine, ids: Sequence[int], params: SamplingParams, start: int | None = None
-) -> list[torch_engine.Event]:
-    run = Run(engine)
-    engine.generate(0, ids, params, len(ids) if start is None else start)
-    run.finish()
-    return run.events[0]
-
-
-def ids_in(events: Sequence[torch_engine.Event]) -> list[int]:
-    return [event.id for event in events if isinstance(event, Sampled)]
-
-
-def fresh(engine: TorchEngine, kv_bytes: int = KV_BYTES) -> TorchEngine:
-    """The same model with an empty KV tree, as after a restart (the weights are not read again)."""
-    anew = object.__new__(TorchEngine)
-    anew.__dict__.update(engine.__dict__)
-    anew._kv_memory_bytes = kv_bytes
-    anew._begin(None)
-    return anew
 
 
 @pytest.fixture
