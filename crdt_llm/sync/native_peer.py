@@ -69,6 +69,9 @@ _ANSWERS_WAIT_FOR_BYTES: Final = WAITING_BYTES_MAX // 2
 """What is owed to a slow reader is made once so little waits: it may be a whole document."""
 
 
+NODE: Final = "node"
+"""Who a node is in a conversation, whatever its token calls it: its lease's key says which one."""
+
 NO_LEASES_RETRY_MS: Final = 60_000
 """When a node may ask again a relay that gives no leases: after its next restart it may."""
 
@@ -614,7 +617,8 @@ class ChannelPeer(Peer):
     def __init__(self, connection: NativeConnection, wish: Open, found: Pass) -> None:
         is_node = connection.node_key is not None
         super().__init__(found.principal, node=is_node)
-        self.author = Author(found.principal, is_node, cap=found.cap(wish.conversation))
+        principal = NODE if is_node else found.principal
+        self.author = Author(principal, is_node, cap=found.cap(wish.conversation))
         self.address = connection.address
         self.number = wish.channel
         self.conversation = wish.conversation
