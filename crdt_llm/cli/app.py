@@ -172,6 +172,16 @@ def serve(
     data: _Data = None,
     model: _Model = DEFAULT_MODEL,
     no_node: Annotated[bool, typer.Option("--no-node", help="Relay only: no replies.")] = False,
+    kv_memory: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="MIB",
+            help="The most memory that the KV cache may take; what does not fit goes to DATA/kv."
+            " By default 2048.",
+            show_default=False,
+        ),
+    ] = None,
     verbose: _Verbose = False,
 ) -> None:
     """Run the relay, the inference node and the page.
@@ -181,7 +191,15 @@ def serve(
     """
     from crdt_llm.cli.serve import run_serve  # noqa: PLC0415 - see the module's docstring
 
-    run_serve(host=host, port=port, data=data, model=model, node=not no_node, verbose=verbose)
+    run_serve(
+        host=host,
+        port=port,
+        data=data,
+        model=model,
+        node=not no_node,
+        kv_memory_mib=kv_memory,
+        verbose=verbose,
+    )
 
 
 @app.command(

@@ -169,8 +169,22 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def make_node(folder: DataFolder, hub: Hub, model_dir: Path, office: LeaseOffice) -> Node:
+def make_node(
+    folder: DataFolder,
+    hub: Hub,
+    model_dir: Path,
+    office: LeaseOffice,
+    *,
+    kv_memory_bytes: int | None = None,
+) -> Node:
     """A node that sits in the hub's rooms.
+
+    Args:
+        folder: where its keys are, and where its KV goes that leaves memory.
+        hub: the rooms.
+        model_dir: the model's folder.
+        office: where leases are had.
+        kv_memory_bytes: the most memory that KV may take; the engine's default if None.
 
     Raises:
         ModelUnusable: the model's tokenizer or template cannot be used.
@@ -181,7 +195,9 @@ def make_node(folder: DataFolder, hub: Hub, model_dir: Path, office: LeaseOffice
     renderer = Renderer.learn(model_dir, vocabulary)
 
     async def start_engine() -> Engine:
-        return await EngineProcess.start(model_dir)
+        return await EngineProcess.start(
+            model_dir, kv_memory_bytes=kv_memory_bytes, kv_folder=folder.kv
+        )
 
     seats = EmbeddedSeats(hub, node_key.public, office)
     surroundings = Surroundings(seats.take, start_engine, now_ms, os.urandom)

@@ -339,7 +339,7 @@ async def _run(
     )
 
     async def start_engine() -> Engine:
-        return await EngineProcess.start(model_dir)
+        return await EngineProcess.start(model_dir, kv_folder=folder.path / "kv")
 
     def ready() -> None:
         shown = urlsafe_b64encode(secrets.key.public).rstrip(b"=").decode()

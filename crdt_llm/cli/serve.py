@@ -134,7 +134,14 @@ async def _start_node(node: Node, hub: Hub, model_dir: Path) -> None:
         await node.visit(stored.conversation)
 
 
-async def serve(folder: DataFolder, *, host: str, port: int, model_dir: Path | None) -> None:
+async def serve(
+    folder: DataFolder,
+    *,
+    host: str,
+    port: int,
+    model_dir: Path | None,
+    kv_memory_bytes: int | None = None,
+) -> None:
     """Serve until a signal asks for the end.
 
     Args:
@@ -142,6 +149,7 @@ async def serve(folder: DataFolder, *, host: str, port: int, model_dir: Path | N
         host: the address to bind.
         port: the port; 0 takes a free one.
         model_dir: the model's folder, or ``None`` for a relay without a node.
+        kv_memory_bytes: the most memory that KV may take; the engine's default if None.
 
     Raises:
         OSError: the address is taken.
@@ -175,7 +183,7 @@ async def serve(folder: DataFolder, *, host: str, port: int, model_dir: Path | N
             with _naming(model_dir):
                 from crdt_llm.cli.embedded_node import make_node  # noqa: PLC0415 - see the docstring
 
-                node = make_node(folder, hub, model_dir, office)
+                node = make_node(folder, hub, model_dir, office, kv_memory_bytes=kv_memory_bytes)
         relay = Relay(
             hub,
             authenticate=authority.authenticate,
@@ -219,7 +227,14 @@ async def _until_stopped(stopping: asyncio.Event, tasks: set[asyncio.Task[Any]])
 
 
 def run_serve(  # noqa: PLR0913 - the options of a command
-    *, host: str, port: int, data: Path | None, model: str, node: bool, verbose: bool
+    *,
+    host: str,
+    port: int,
+    data: Path | None,
+    model: str,
+    node: bool,
+    kv_memory_mib: int | None,
+    verbose: bool,
 ) -> None:
     """The command; see :func:`serve`.
 
@@ -236,6 +251,11 @@ def run_serve(  # noqa: PLR0913 - the options of a command
     lock = lock_folder(folder)
     try:
         model_dir = _model_folder(model) if node else None
-        asyncio.run(serve(folder, host=host, port=port, model_dir=model_dir))
+        kv_memory_bytes = None if kv_memory_mib is None else kv_memory_mib << 20
+        asyncio.run(
+            serve(
+                folder, host=host, port=port, model_dir=model_dir, kv_memory_bytes=kv_memory_bytes
+            )
+        )
     finally:
         lock.release()
