@@ -92,12 +92,13 @@ from crdt_llm.sync.restore import (
     unconfirmed,
     wrong_rights,
 )
-from crdt_llm.sync.shape import check_parents, check_shape, hides
+from crdt_llm.sync.shape import Places, check_parents, check_shape, fresh, hides
 from crdt_llm.sync.structure import (
     DOCUMENT_LIMITS,
     HELD_LIMITS,
     TRANSACTION_LIMITS,
     Id,
+    UpdateStructure,
     brings,
     find_gap,
     find_rewrite,
@@ -115,7 +116,7 @@ if TYPE_CHECKING:
     from crdt_llm.store.register import Register, Row
     from crdt_llm.sync.refusal_rate import RefusalRate
     from crdt_llm.sync.scrubbing import Scrubber
-    from crdt_llm.sync.structure import Limits, Missing, UpdateStructure
+    from crdt_llm.sync.structure import Limits, Missing, Struct
     from crdt_llm.sync.verdict import Verdict
     from crdt_llm.sync.wire import AwarenessState
 
@@ -415,6 +416,9 @@ class Room:
         )
         self._document_bytes = 0  # at least the size of the document
         self._spare: Shadow | None = None  # a copy of the replica, from the first refusal on
+        # Every struct of the document, from the first time on that it has to be searched.
+        self._index: dict[int, list[Struct]] | None = None
+        self._is_index_ahead = False  # it holds the update that is being checked
         self._ahead: list[bytes] = []  # what the replica has and the copy lacks
         self._wants_spare = False
         self._snapshot_bytes = 0
@@ -764,6 +768,7 @@ class Room:
         except _Dirty as dirty:
             await self._take_back(dirty.touched, batch.updates)
             return dirty.verdict
+        self._extend_index(look, self._known)
         self._known.update(look.fresh)
         if change.is_empty:
             return Known()
@@ -873,6 +878,8 @@ class Room:
 
     async def _take_back(self, touched: frozenset[str] | None, accepted: Sequence[bytes]) -> None:
         """I4. Costs what was touched, while there is a spare copy."""
+        if self._is_index_ahead:
+            self._index, self._is_index_ahead = None, False
         if touched is None:
             await self._rebuild(accepted)
             return
@@ -916,7 +923,7 @@ class Room:
             if self._unconfirmed:
                 self._check_confirmed(change)
             if not author.node and hides(look.structure, self._known, change):
-                await self._check_parents(look.structure)
+                await self._check_places(look.structure, change, author)
             self._check_size(len(change.update), author)
         return change
 
@@ -931,7 +938,7 @@ class Room:
             for number, _ in enumerate(judge(claim), 1):
                 if number % JUDGED_AT_ONCE == 0:
                     await asyncio.sleep(0)
-            check_parents(look.structure, self._known, look.structure)
+            check_parents(look.structure, look.structure)
             waiting = {} if submission.doubts is not None else unconfirmed(claim)
         with self._undoing(None):
             fixed = self._correct(replica, row)
@@ -942,7 +949,7 @@ class Room:
                 self._clients[replica.client_id] = _ROOMS_OWN
             self._check_size(len(change.update), author)
         self._known = decode_state_vector(replica.state_vector())
-        self._deletions = None
+        self._deletions = self._index = None
         for name, whose in waiting.items():
             self._unconfirmed[name] = (whose, _id_of_entry(look.structure, name))
         # Only what changes the register is worth a line there.
@@ -994,10 +1001,39 @@ class Room:
                     "unconfirmed", f"entry {edit.entry} waits until {whose} was here with it"
                 )
 
-    async def _check_parents(self, structure: UpdateStructure) -> None:
-        whole = self._loaded_replica().diff()
-        read = functools.partial(read_update, whole, HELD_LIMITS)
-        check_parents(structure, self._known, await _offload(len(whole), read))
+    async def _check_places(
+        self, structure: UpdateStructure, change: Change, author: Author
+    ) -> None:
+        replica = self._loaded_replica()
+        if self._index is None:
+            whole = replica.diff()
+            read = functools.partial(read_update, whole, HELD_LIMITS)
+            self._index = {
+                client: list(structs)
+                for client, structs in (await _offload(len(whole), read)).structs.items()
+            }
+            self._is_index_ahead = True
+        Places(
+            structure=structure,
+            known=self._known,
+            held=UpdateStructure(self._index, {}),
+            added={edit.key for edit in change.edits if not edit.path and edit.key is not None},
+            is_entry=replica.tree.__contains__,
+            meta=replica.meta_plain(),
+            principal=author.principal,
+            owner=author.bounded(replica.grant_of(author.principal)) is Grant.OWNER,
+        ).check()
+
+    def _extend_index(self, look: _Look, before: Mapping[int, int]) -> None:
+        """Follow what was accepted, so that the document is read once and not for each update."""
+        if self._index is None or self._is_index_ahead:
+            self._is_index_ahead = False
+            return
+        for item in fresh(look.structure, before):
+            if item.clock < before.get(item.client, 0):  # in part known: rare enough to read anew
+                self._index = None
+                return
+            self._index.setdefault(item.client, []).append(item)
 
     def _check_leases(self, change: Change) -> None:
         """A lease that is recorded is the one that was granted: others verify proofs by it."""
@@ -1130,6 +1166,7 @@ class Room:
             ) from error
         self._replica, self._deletions, self._spare = replica, None, None
         self._ahead.clear()
+        self._index, self._is_index_ahead = None, False
         self._known = decode_state_vector(replica.state_vector())
         self.lsn = loaded.lsn
         self._snapshot_bytes = len(loaded.snapshot or b"")

@@ -15,17 +15,17 @@ when a struct does something that readers need not see.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 from crdt_llm.document.conversation import ACCESS, ENTRIES, LEASES, META, ROOTS
-from crdt_llm.document.rules import NODE_FIELDS
-from crdt_llm.document.schema import ENTRY_FIELDS, PRINCIPAL_CHARACTERS_MAX
+from crdt_llm.document.rules import NODE_FIELDS, is_meta
+from crdt_llm.document.schema import ENTRY_FIELDS, PRINCIPAL_CHARACTERS_MAX, normalise
 from crdt_llm.errors import Forbidden, Refused
-from crdt_llm.sync.structure import Id, Kind, SharedType, TypeRef
+from crdt_llm.sync.structure import Id, Kind, SharedType, TypeRef, covers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from crdt_llm.document.conversation import Change
     from crdt_llm.sync.structure import Struct, UpdateStructure
@@ -37,6 +37,10 @@ _REMAINS: Final = frozenset({Kind.GC, Kind.SKIP, Kind.DELETED})
 _TYPES: Final = frozenset({TypeRef.MAP, TypeRef.TEXT, TypeRef.ARRAY})
 _SEQUENCES: Final = frozenset({TypeRef.TEXT, TypeRef.ARRAY})
 
+NEIGHBOURS_MAX: Final = 10_000
+"""Values of one key, each in the place of the one before, that are followed to the first."""
+
+_REWRITTEN: Final = frozenset({"stop", "redacted"})  # what a person adds to an entry later on
 _META_KEYS: Final = frozenset({"schema", "birth", "title", "created_at", "head", "model", "policy"})
 _KEY_CHARACTERS_MAX: Final[Mapping[str, int]] = {
     ACCESS: PRINCIPAL_CHARACTERS_MAX,
@@ -81,8 +85,8 @@ def check_shape(structure: UpdateStructure, known: Mapping[int, int], *, node: b
             if brought is None:
                 brought = types_of(structure)
             _check_field(item, brought.get(parent), node=node)
-        if item.parent_sub is not None:
-            _check_keyed(item)
+        if item.parent_sub is not None and _is_run(item, structure):
+            raise Refused("schema", "a key holds one value")
 
 
 def _check_root_key(root: str, key: str | None) -> None:
@@ -111,9 +115,24 @@ def _check_field(item: Struct, parent: TypeRef | None, *, node: bool) -> None:
         raise Refused("schema", "a text or a list has no fields")
 
 
-def _check_keyed(item: Struct) -> None:
-    if item.kind is Kind.STRING or (item.kind is Kind.ANY and item.length > 1):
-        raise Refused("schema", "a key holds one value")
+def _is_run(item: Struct, structure: UpdateStructure) -> bool:
+    """Whether a struct holds more than the one value that a key has.
+
+    Values that replaced each other are written as one struct by replicas that keep what was
+    deleted, for the sake of undo; then all but the last are in the update's delete set.
+    """
+    if item.kind is Kind.STRING:
+        return True
+    if item.kind is not Kind.ANY or item.length == 1:
+        return False
+    replaced = range(item.clock, item.end - 1)
+    return not covers(structure.deleted.get(item.client, ()), [replaced])
+
+
+def _is_gone(item: Struct, structure: UpdateStructure) -> bool:
+    """Whether nothing of a struct is left by the end of its update."""
+    clocks = range(item.clock, item.end)
+    return item.kind in _REMAINS or covers(structure.deleted.get(item.client, ()), [clocks])
 
 
 def types_of(structure: UpdateStructure) -> dict[Id, TypeRef]:
@@ -130,45 +149,126 @@ def hides(structure: UpdateStructure, known: Mapping[int, int], change: Change) 
     """Whether a person's update that was applied may hold what no reader sees.
 
     A person writes values under keys, one each; ``False`` means that all of them were seen. A
-    value that lost against another one of the same key is not seen either, so ``True`` asks for
-    :func:`check_parents`.
+    value that lost against another one of the same key is not seen either, nor is one that was
+    written and deleted at once, so ``True`` asks for :class:`Places`.
+
+    Raises:
+        Refused: It has what only a node writes.
     """
-    unseen: Counter[str] = Counter()
+    written = 0
     brought: dict[Id, TypeRef] | None = None
     for item in fresh(structure, known):
-        if item.kind is Kind.STRING or (item.kind is Kind.ANY and item.length > 1):
+        if _is_run(item, structure):
             raise Refused("schema", "only a reply's text grows, and only by the node")
-        if isinstance(item.parent, Id) and item.parent_sub is not None:
+        if _is_gone(item, structure):
+            if item.origin is not None or item.right_origin is not None:
+                return True
+        elif isinstance(item.parent, Id):
             if brought is None:
                 brought = types_of(structure)
-            if item.parent not in brought:
-                unseen[item.parent_sub] += 1
-    for edit in change.edits:
-        if edit.root == ENTRIES and len(edit.path) == 1 and edit.key is not None:
-            unseen[edit.key] -= 1
-    return any(count > 0 for count in unseen.values())
+            written += item.parent not in brought  # what a new entry is born with is judged as one
+        else:
+            written += 1
+    seen = sum(edit.action in ("add", "update") and len(edit.path) <= 1 for edit in change.edits)
+    return written > seen
 
 
-def check_parents(
-    structure: UpdateStructure, known: Mapping[int, int], held: UpdateStructure
-) -> None:
-    """Refuse values whose parent is no entry.
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the structs of a person's update stand, and who may write there.
 
-    Args:
+    Attributes:
         structure: The update.
         known: What was known before it.
-        held: The whole document.
+        held: The whole document, with or without the update.
+        added: The entries that came with it, as readers see it.
+        is_entry: Whether readers see an entry of this name now.
+        meta: The root ``meta``, as readers see it.
+        principal: Who wrote it.
+        owner: Whether that is an owner.
+    """
+
+    structure: UpdateStructure
+    known: Mapping[int, int]
+    held: UpdateStructure
+    added: Collection[str]
+    is_entry: Callable[[str], bool]
+    meta: Mapping[str, Any]
+    principal: str
+    owner: bool
+
+    def check(self) -> None:
+        """Refuse what stands where only others write, though no reader sees it.
+
+        Raises:
+            Refused: Something does.
+        """
+        for item in fresh(self.structure, self.known):
+            if item.kind in (Kind.GC, Kind.SKIP):
+                continue
+            place, key = self._place_of(item)
+            value = item.content[-1] if isinstance(item.content, tuple) else item.content
+            is_gone = _is_gone(item, self.structure)
+            if place == ENTRIES and key is not None:
+                if key not in self.added and self.is_entry(key):
+                    raise Refused("frozen", "an entry is never replaced or deleted")
+            elif place == LEASES or (place == ACCESS and not self.owner):
+                raise Forbidden(str(place), f"{place} is not yours to write")
+            elif place == META and not is_gone:
+                self._check_meta(key or "", normalise(value))
+            elif isinstance(place, Id):
+                self._check_field(place, key)
+                if key == "stop" and not is_gone and value != self.principal:
+                    raise Refused("stop", "a stop names who asks")
+            elif place is None and not is_gone:
+                raise Refused("frozen", "what that would stand in is gone")
+
+    def _check_meta(self, key: str, value: Any) -> None:
+        same = key in {"schema", "birth"} and value == self.meta.get(key)
+        if not same and not is_meta(key, value):
+            raise Refused("meta", f"meta.{key} is malformed")
+
+    def _check_field(self, parent: Id, key: str | None) -> None:
+        found = self._struct_at(parent)
+        content = found.content if found is not None else None
+        if found is None or found.kind in _REMAINS:
+            raise Refused("frozen", "what that would stand in is gone")
+        if not isinstance(content, SharedType) or content.ref is not TypeRef.MAP or key is None:
+            raise Refused("schema", "only an entry has fields")
+        is_new = parent.clock >= self.known.get(parent.client, 0)
+        if not is_new and key not in _REWRITTEN:
+            raise Refused("frozen", f"{key} is not written again")
+
+    def _place_of(self, item: Struct) -> tuple[str | Id | None, str | None]:
+        """What a struct hangs at, or else what the one beside it does."""
+        for _ in range(NEIGHBOURS_MAX):
+            if item.parent is not None:
+                return item.parent, item.parent_sub
+            beside = item.origin or item.right_origin
+            neighbour = self._struct_at(beside) if beside is not None else None
+            if neighbour is None or neighbour.kind in (Kind.GC, Kind.SKIP):
+                return None, None  # collected, and this with it
+            item = neighbour
+        raise Refused("schema", "a value was overwritten too often to be found")
+
+    def _struct_at(self, target: Id) -> Struct | None:
+        return struct_at(self.structure, target) or struct_at(self.held, target)
+
+
+def check_parents(structure: UpdateStructure, held: UpdateStructure) -> None:
+    """Refuse fields of what is no entry, in a document that comes whole.
 
     Raises:
         Refused: A value stands in something else than an entry.
     """
-    for item in fresh(structure, known):
-        if isinstance(item.parent, Id) and item.parent_sub is not None:
-            parent = struct_at(held, item.parent)
-            content = parent.content if parent is not None else None
-            is_map = isinstance(content, SharedType) and content.ref is TypeRef.MAP
-            if parent is not None and parent.kind not in _REMAINS and not is_map:
-                raise Refused("schema", "only an entry has fields")
+    for structs in structure.structs.values():
+        for item in structs:
+            if isinstance(item.parent, Id) and item.parent_sub is not None:
+                parent = struct_at(held, item.parent)
+                content = parent.content if parent is not None else None
+                is_map = isinstance(content, SharedType) and content.ref is TypeRef.MAP
+                if parent is not None and parent.kind not in _REMAINS and not is_map:
+                    raise Refused("schema", "only an entry has fields")
 
 
 def struct_at(structure: UpdateStructure, target: Id) -> Struct | None:

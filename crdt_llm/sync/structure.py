@@ -336,7 +336,7 @@ def brings(
     if deleted is None:
         return bool(structure.deleted)
     return not all(
-        _covers(deleted.get(client, ()), ranges) for client, ranges in structure.deleted.items()
+        covers(deleted.get(client, ()), ranges) for client, ranges in structure.deleted.items()
     )
 
 
@@ -449,8 +449,8 @@ def _same_value(one: object, other: object) -> bool:
     return one is other or one == other
 
 
-def _covers(outer: Sequence[range], inner: Sequence[range]) -> bool:
-    """Whether every clock of ``inner`` is in ``outer``, both sorted and merged."""
+def covers(outer: Sequence[range], inner: Sequence[range]) -> bool:
+    """Whether every clock of ``inner`` is in ``outer``, both sorted, merged and without empties."""
     position = 0
     for clocks in inner:
         while position < len(outer) and outer[position].stop < clocks.stop:
