@@ -55,6 +55,9 @@ test('a message is answered, and names the conversation', async () => {
   expect((await device.texts())[0]).toBe('What is 6 times 7?')
   await device.page.getByRole('link', { name: /What is 6 times 7\?/ }).waitFor()
   expect(await device.page.title()).toBe('What is 6 times 7?')
+  // The node says that it is done, and how much of the conversation is warm.
+  await device.page.locator('.node.idle').waitFor()
+  expect(await device.page.locator('.node-warm').innerText()).toMatch(/^[\d,]+ \/ [\d,]+/)
   await device.close()
 })
 

@@ -27,13 +27,16 @@ const OTHERS = [
 ]
 const QUESTIONS = [
   'What is a hash table? Two sentences, please.',
-  'Write a Python function that counts the words in a text.'
+  'Write a Python function that reverses a string.'
 ]
-const PARAMS = { max_tokens: 160, temperature: 0 }
+const PARAMS = { max_tokens: 240, temperature: 0 }
 
-/** Asks, and waits for the end of the reply. Answers its slot. */
-async function asked(question: string): Promise<string> {
-  const { slot } = await shown.ask(question, { params: PARAMS })
+/** Asks, and waits for the end of the reply. */
+async function asked(question: string): Promise<void> {
+  await ended((await shown.ask(question, { params: PARAMS })).slot)
+}
+
+async function ended(slot: string): Promise<void> {
   await new Promise<void>(done => {
     const stop = shown.on('change', () => {
       if (shown.entry(slot)?.standing !== 'settled') return
@@ -41,7 +44,6 @@ async function asked(question: string): Promise<string> {
       done()
     })
   })
-  return slot
 }
 
 beforeAll(async () => {
@@ -50,10 +52,10 @@ beforeAll(async () => {
   const client = await hand(stack, { device: 'Laptop' })
   end = () => client.close()
   for (const title of OTHERS) await (await client.create({ title })).settled()
-  shown = await client.create({ title: 'Hash tables, and counting words' })
+  shown = await client.create({ title: 'Hash tables, and strings reversed' })
   for (const question of QUESTIONS) await asked(question)
   const [, first] = shown.view()
-  await shown.regenerate(first ?? '')
+  await ended(await shown.regenerate(first ?? ''))
   // The new version is beside what is shown, not instead of it.
   await shown.setHead(null)
   shown.look(null)
@@ -75,6 +77,7 @@ for (const [name, options, key] of looks) {
     const device = await Device.open(browser, stack, { ...options, name: 'Phone', at: shown.id })
     await expect.poll(() => device.articles.count()).toBe(QUESTIONS.length * 2)
     await device.page.locator('.people').waitFor()
+    await device.page.locator('.node.idle').waitFor()
     if (key) await device.page.keyboard.press(key)
     await device.composer.blur()
     if (FOLDER !== undefined) {

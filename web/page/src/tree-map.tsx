@@ -77,7 +77,7 @@ export function TreeMap({ live }: { live: LiveConversation }): JSX.Element {
   const runs = runsOf(live.on)
   const lanes = Math.min(Math.max(0, ...runs.map(run => run.lane)), LANES_MAX)
   const width = x(lanes) + 10
-  const { head } = live.meta.value
+  const byDefault = live.on.view(live.meta.value.head).at(-1)
   const mayLead = live.status.value.grant !== 'reader'
   if (runs.length === 0) return <p class="empty">Nothing has been said yet.</p>
   return (
@@ -118,10 +118,10 @@ export function TreeMap({ live }: { live: LiveConversation }): JSX.Element {
               <button
                 type="button"
                 class="link"
-                disabled={head === run.last}
+                disabled={byDefault === run.last}
                 onClick={() => void attempt('Not changed', () => live.on.setHead(run.last))}
               >
-                {head === run.last ? 'Shown to all' : 'Show to all'}
+                {byDefault === run.last ? 'Shown to all' : 'Show to all'}
               </button>
             )}
           </li>
