@@ -37,6 +37,9 @@ DEFAULT_DEVICE: Final = "terminal"
 # As in crdt_llm.inference.models, which a help text should not have to load.
 DEFAULT_MODEL: Final = "smollm2-135m"
 
+# Two builds of one model differ by some thousandths; one build by nothing.
+DEFAULT_TOLERANCE: Final = 0.01
+
 _ID_CHARACTERS: Final = 22
 _INFERENCE_PACKAGES: Final = frozenset(
     {
@@ -380,6 +383,41 @@ def replay(
 
     _log(verbose=verbose)
     _exit(run_replay(conversation=conversation, data=data, model=model, as_json=json))
+
+
+@app.command(cls=Command, epilog="Example: crdt-llm audit --tolerance 0.1")
+def audit(
+    conversation: Annotated[
+        str | None,
+        typer.Argument(
+            help="Its id, or how that begins; by default the last one.", show_default=False
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(min=0.0, help="The largest difference of a log-probability, in nats."),
+    ] = DEFAULT_TOLERANCE,
+    data: _Data = None,
+    model: _Model = DEFAULT_MODEL,
+    json: _Json = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Give every recorded token to the model again, and compare how likely it was.
+
+    Exits with 1 if anything differs by more than the tolerance, or a choice would change.
+    """
+    from crdt_llm.cli.audit import run_audit  # noqa: PLC0415 - see the module's docstring
+
+    _log(verbose=verbose)
+    _exit(
+        run_audit(
+            conversation=conversation,
+            data=data,
+            model=model,
+            tolerance=tolerance,
+            as_json=json,
+        )
+    )
 
 
 @app.command(cls=Command, epilog="Example: crdt-llm export --output talk.yjs")

@@ -33,6 +33,36 @@ if TYPE_CHECKING:
     from crdt_llm.inference.replay import Replayed
 
 
+def open_transcript(
+    conversation: Conversation, folder: DataFolder, model_dir: Path
+) -> tuple[Transcript, Renderer]:
+    """What a model reads of a stored conversation, with the key of the data folder.
+
+    Raises:
+        Corrupt: the key is missing.
+    """
+    key = folder.key("master")
+    if not key.exists():
+        raise Corrupt(f"the key {key} is missing: without it the sealed ids cannot be read")
+    vocabulary = Vocabulary.load(model_dir)
+    renderer = Renderer.learn(model_dir, vocabulary)
+    sealer = Sealer(load_or_create_secret(key), os.urandom)
+    return Transcript(conversation, renderer, sealer), renderer
+
+
+def find_stored(folder: DataFolder, beginning: str | None) -> tuple[str, Conversation]:
+    """A conversation of a data folder, by the beginning of its id; by default the last one.
+
+    Raises:
+        LocalMisuse: there is none, or there are several.
+    """
+    stored = [one.conversation for one in list_stored(folder.log)]
+    name = stored[0] if beginning is None and stored else complete_id(beginning or "", stored)
+    if name is None:
+        raise LocalMisuse(f"{folder.path} has no such conversation: see `crdt-llm chat --list`")
+    return name, load_stored(folder.log, name)
+
+
 async def _replay(
     conversation: Conversation,
     folder: DataFolder,
@@ -40,23 +70,14 @@ async def _replay(
     show: Callable[[Replayed], None],
 ) -> list[Replayed]:
     """Replay the view's path; each reply is shown as soon as it is made."""
-    key = folder.key("master")
-    if not key.exists():
-        raise Corrupt(f"the key {key} is missing: without it the sealed ids cannot be read")
-    vocabulary = Vocabulary.load(model_dir)
-    renderer = Renderer.learn(model_dir, vocabulary)
-    sealer = Sealer(load_or_create_secret(key), os.urandom)
-    transcript = Transcript(conversation, renderer, sealer)
-    engine = await EngineProcess.start(model_dir)
-    try:
+    transcript, renderer = open_transcript(conversation, folder, model_dir)
+    rows: list[Replayed] = []
+    async with await EngineProcess.start(model_dir) as engine:
         path = conversation.view()
-        rows: list[Replayed] = []
         async for one in replay(conversation, path, transcript, renderer, engine):
             show(one)
             rows.append(one)
-        return rows
-    finally:
-        await engine.close()
+    return rows
 
 
 def _show(one: Replayed) -> None:
@@ -68,7 +89,8 @@ def _silent(_: Replayed) -> None:
     """One document of facts comes at the end."""
 
 
-def _report(line: str) -> None:
+def report(line: str) -> None:
+    """Say something about the model while it is looked for."""
     sys.stderr.write(f"{line}\n")
 
 
@@ -85,12 +107,8 @@ def _row(one: Replayed) -> str:
 def run_replay(*, conversation: str | None, data: Path | None, model: str, as_json: bool) -> int:
     """The command. Returns the exit code: 0 if every reply came out token for token."""
     folder = DataFolder.named(data)
-    stored = [one.conversation for one in list_stored(folder.log)]
-    name = stored[0] if conversation is None and stored else complete_id(conversation or "", stored)
-    if name is None:
-        raise LocalMisuse(f"{folder.path} has no such conversation: see `crdt-llm chat --list`")
-    model_dir = resolve(model, fetch=True, report=_report)
-    replica = load_stored(folder.log, name)
+    name, replica = find_stored(folder, conversation)
+    model_dir = resolve(model, fetch=True, report=report)
     rows = asyncio.run(_replay(replica, folder, model_dir, _silent if as_json else _show))
     exact = all(one.exact for one in rows)
     if as_json:

@@ -163,6 +163,21 @@ class KvDigest:
     logits: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a model makes of ids that are given to it, each behind the ones before it.
+
+    Args:
+        logprobs: for each id its natural log-probability under the model's raw distribution,
+            float32 little-endian; as in :class:`Sampled`.
+        likeliest: for each the id that is the most likely there, uint32 little-endian; the smallest
+            of equals.
+    """
+
+    logprobs: bytes
+    likeliest: bytes
+
+
 GenerationEvent = Queued | Prefilled | Sampled | Finished
 """One :class:`Prefilled`, then :class:`Sampled` ..., then one :class:`Finished`; in between, and
 before, a :class:`Queued` each time that the request's place among those that wait changes."""

@@ -32,6 +32,7 @@ from crdt_llm.inference.engine import (
     Queued,
     Sampled,
     SamplingParams,
+    Scored,
 )
 
 if TYPE_CHECKING:
@@ -70,6 +71,15 @@ class Digest:
 
     request: int
     ids: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """To the engine: say what the model makes of the ids from ``start`` on."""
+
+    request: int
+    ids: bytes
+    start: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +150,12 @@ class Event:
     """From the engine: something about one request."""
 
     request: int
-    event: Queued | Prefilled | Sampled | Finished | KvDigest | Forgotten | Measured | Failed
+    event: (
+        Queued | Prefilled | Sampled | Finished | KvDigest | Scored | Forgotten | Measured | Failed
+    )
 
 
-Command = Warm | Generate | Digest | Cancel | Forget | Measure
+Command = Warm | Generate | Digest | Score | Cancel | Forget | Measure
 Report = Ready | Event
 
 NO_REQUEST: Final = -1
@@ -159,6 +171,7 @@ _KINDS: Final[dict[str, type[Any]]] = {
         Warm,
         Generate,
         Digest,
+        Score,
         Cancel,
         Forget,
         Measure,
@@ -169,6 +182,7 @@ _KINDS: Final[dict[str, type[Any]]] = {
         Sampled,
         Finished,
         KvDigest,
+        Scored,
         Forgotten,
         Measured,
         Failed,

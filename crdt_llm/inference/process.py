@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from crdt_llm.errors import EngineDied, LocalMisuse, MalformedMessage
 from crdt_llm.inference import pipe
-from crdt_llm.inference.engine import Finished, KvDigest, Prefilled, Queued, Sampled
+from crdt_llm.inference.engine import Finished, KvDigest, Prefilled, Queued, Sampled, Scored
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -33,6 +33,7 @@ _Answer = (
     | Sampled
     | Finished
     | KvDigest
+    | Scored
     | pipe.Forgotten
     | pipe.Measured
     | pipe.Failed
@@ -132,6 +133,11 @@ class EngineProcess:
         """Bring the KV of ``ids`` and hash it: what makes exactness visible from outside."""
         answer = await self._ask(pipe.Digest(next(self._numbers), pipe.pack_ids(ids)))
         return _expect(answer, KvDigest)
+
+    async def score(self, ids: Sequence[int], start: int) -> Scored:
+        """What the model makes of the ids from ``start`` on, each behind the ones before it."""
+        command = pipe.Score(next(self._numbers), pipe.pack_ids(ids), start)
+        return _expect(await self._ask(command), Scored)
 
     async def measure(self) -> pipe.Measured:
         """How full the engine is: requests that run and wait, and what KV takes."""

@@ -50,14 +50,27 @@ def sample(
         The id and its natural log-probability under the raw distribution (temperature 1, nothing
         cut), rounded to float32.
     """
-    values = logits.astype(np.float64)
-    values -= values.max()
+    values = _from_the_largest(logits)
     if params.temperature == 0:
         chosen = int(values.argmax())  # the first of equals
     else:
         chosen = _draw(values / params.temperature, params, uniform(params.seed, position))
-    logprob = values[chosen] - np.log(np.exp(values).sum())
-    return chosen, float(np.float32(logprob))
+    return chosen, _logprob(values, chosen)
+
+
+def logprob(logits: npt.NDArray[np.float32], chosen: int) -> float:
+    """The log-probability that :func:`sample` gives an id, for one that was chosen before."""
+    return _logprob(_from_the_largest(logits), chosen)
+
+
+def _from_the_largest(logits: npt.NDArray[np.float32]) -> Floats:
+    values = logits.astype(np.float64)
+    values -= values.max()
+    return values
+
+
+def _logprob(values: Floats, chosen: int) -> float:
+    return float(np.float32(values[chosen] - np.log(np.exp(values).sum())))
 
 
 def _draw(values: Floats, params: SamplingParams, number: float) -> int:

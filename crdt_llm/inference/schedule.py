@@ -37,7 +37,7 @@ read the weights more often."""
 SHARED_CHUNK_ROWS_MAX = 32
 """Rows of a chunk while replies run: their next token waits for all of it."""
 
-Kind = Literal["warm", "generate", "digest"]
+Kind = Literal["warm", "generate", "digest", "score"]
 
 
 @dataclass(eq=False, slots=True)
@@ -48,7 +48,7 @@ class Request:
         id: the caller's number for it.
         kind: what follows when the KV of ``ids`` is there.
         ids: the whole path, with what was sampled.
-        start: how many ids are the prompt; 0 for other kinds than ``generate``.
+        start: how many ids are the prompt; 0 for ``warm`` and ``digest``.
         params: how to sample; None for other kinds.
         asked: ids at the beginning, for :class:`~crdt_llm.inference.engine.Prefilled`.
         path: what of it is resident; None while the request waits.

@@ -30,11 +30,12 @@ from crdt_llm.inference.engine import (
     Prefilled,
     Queued,
     Sampled,
+    Scored,
 )
 from crdt_llm.inference.kv import TILE, KvTree, common_prefix
 from crdt_llm.inference.llama import Llama
 from crdt_llm.inference.quantised import WEIGHT_FORMAT
-from crdt_llm.inference.sampling import sample
+from crdt_llm.inference.sampling import logprob, sample
 from crdt_llm.inference.schedule import Request, Schedule
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from crdt_llm.inference.kv import Extent, Path, Tile
     from crdt_llm.inference.schedule import Kind, Step
 
-    Event = Queued | Prefilled | Sampled | Finished | KvDigest | CrdtLlmError
+    Event = Queued | Prefilled | Sampled | Finished | KvDigest | Scored | CrdtLlmError
     Emit = Callable[[int, Event], None]
 
 REQUESTS_MAX = 256
@@ -57,6 +58,9 @@ REQUESTS_MAX = 256
 KV_MEMORY_BYTES = 2 << 30
 """The default KV budget: some 80,000 tokens of a small model, and a share of a laptop's memory that
 nobody misses. It is mapped as it is used."""
+
+SCORED_ROWS_MAX = 64
+"""Rows whose logits are made at once for an audit: they take a vocabulary's width each."""
 
 PACE_WEIGHT = 0.2
 """Of the newest measurement in a running mean: a handful of them outweigh a hiccup."""
@@ -198,6 +202,18 @@ class TorchEngine:
         if self._checkpoints is not None:
             self._checkpoints.forget(tokens, keep)
 
+    @torch.inference_mode()
+    def logits(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """The logits behind every resident position of a path, ``(positions, vocabulary)``.
+
+        For whoever measures the model; a reply needs one row of them at a time.
+        """
+        path = self._tree.open(np.asarray(ids, np.uint32))
+        try:
+            return self._logits([(path, at) for at in range(path.length)])
+        finally:
+            path.close()
+
     def save_one(self) -> bool:
         """Write one tile to disk that is not there yet; False when there is none.
 
@@ -220,6 +236,10 @@ class TorchEngine:
         self._run(self._schedule.next(), emit)
         self._postprocess(emit)
 
+    def score(self, request: int, ids: npt.ArrayLike, start: int) -> None:
+        """Start to score the ids from ``start`` on; ends with :class:`Scored`."""
+        self._start(request, "score", ids, start, None)
+
     # -- inside --------------------------------------------------------------------------------
 
     def _start(
@@ -240,7 +260,7 @@ class TorchEngine:
         if not array.size or array.min() < 0 or array.max() >= self.capabilities.vocabulary:
             message = f"ids must be at least one, each in [0, {self.capabilities.vocabulary})"
             raise LocalMisuse(message)
-        if kind == "generate" and not 1 <= start <= len(array):
+        if kind in {"generate", "score"} and not 1 <= start <= len(array):
             raise LocalMisuse("start must be in [1, number of ids]")
         if len(array) > self.capabilities.positions:
             message = (
@@ -412,6 +432,8 @@ class TorchEngine:
         request.prefilled = True
         if request.kind == "digest":
             emit(request.id, self._hash(request, path))
+        elif request.kind == "score":
+            emit(request.id, self._score(request, path))
         else:
             reused = request.asked - request.computed
             emit(request.id, Prefilled(request.asked, reused, request.computed))
@@ -446,6 +468,16 @@ class TorchEngine:
         places = [(path.tiles[at // TILE].slot, at % TILE) for path, at in ends]
         array: npt.NDArray[np.float32] = self._model.logits(self._pool, places).numpy()
         return array
+
+    def _score(self, request: Request, path: Path) -> Scored:
+        """Score the ids of a path whose rows are all there, a chunk at a time."""
+        logprobs, likeliest = [], []
+        for first in range(request.start, len(request.ids), SCORED_ROWS_MAX):
+            chosen = request.ids[first : first + SCORED_ROWS_MAX]
+            logits = self._logits([(path, first + n - 1) for n in range(len(chosen))])
+            logprobs += [logprob(row, int(one)) for row, one in zip(logits, chosen, strict=True)]
+            likeliest += [int(row.argmax()) for row in logits]
+        return Scored(np.asarray(logprobs, "<f4").tobytes(), np.asarray(likeliest, "<u4").tobytes())
 
     def _hash(self, request: Request, path: Path) -> KvDigest:
         """Hash tile by tile, each as ``(layer, head, row, value)``, then their digests.

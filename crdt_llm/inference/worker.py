@@ -32,7 +32,7 @@ from crdt_llm.inference import pipe
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from crdt_llm.inference.engine import Finished, KvDigest, Prefilled, Queued, Sampled
+    from crdt_llm.inference.engine import Finished, KvDigest, Prefilled, Queued, Sampled, Scored
     from crdt_llm.inference.torch_engine import TorchEngine
 
 EXIT_INPUT_CLOSED = 0
@@ -105,7 +105,9 @@ class _Reports:
             _leave(EXIT_INPUT_CLOSED)  # the parent is gone
 
     def event(
-        self, request: int, event: Queued | Prefilled | Sampled | Finished | KvDigest | CrdtLlmError
+        self,
+        request: int,
+        event: Queued | Prefilled | Sampled | Finished | KvDigest | Scored | CrdtLlmError,
     ) -> None:
         if isinstance(event, CrdtLlmError):
             self.write(pipe.Event(request, pipe.Failed.of(event)))
@@ -142,6 +144,8 @@ def _take(command: pipe.Command, engine: TorchEngine, reports: _Reports) -> None
                 engine.warm(command.request, pipe.unpack_ids(command.ids))
             case pipe.Digest():
                 engine.digest(command.request, pipe.unpack_ids(command.ids))
+            case pipe.Score():
+                engine.score(command.request, pipe.unpack_ids(command.ids), command.start)
             case pipe.Generate():
                 ids = pipe.unpack_ids(command.ids)
                 engine.generate(command.request, ids, command.params, command.start)

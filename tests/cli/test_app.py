@@ -25,6 +25,7 @@ COMMANDS = (
     "chat",
     "inspect",
     "replay",
+    "audit",
     "export",
     "import",
     "conformance",

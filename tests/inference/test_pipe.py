@@ -25,6 +25,7 @@ from crdt_llm.inference.engine import (
     Queued,
     Sampled,
     SamplingParams,
+    Scored,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ COMMANDS: list[pipe.Command] = [
     pipe.Generate(1, IDS, 2, PARAMS),
     pipe.Generate(1, IDS, 2, SamplingParams(1)),
     pipe.Digest(2, b""),
+    pipe.Score(2, IDS, 1),
     pipe.Cancel(3),
     pipe.Forget(4, IDS, 1),
     pipe.Measure(5),
@@ -50,6 +52,7 @@ REPORTS: list[pipe.Report] = [
     pipe.Event(1, Sampled(7, -0.25)),
     pipe.Event(1, Finished("end")),
     pipe.Event(2, KvDigest(b"k" * 32, b"l" * 32)),
+    pipe.Event(2, Scored(b"p" * 4, b"i" * 4)),
     pipe.Event(3, pipe.Forgotten()),
     pipe.Event(4, Queued(3)),
     pipe.Event(4, pipe.Measured(1, 2, 300, 4000, 50_000)),
