@@ -323,3 +323,43 @@ async def test_the_worker_inherits_nothing_but_its_pipes(tiny_model_dir: Path) -
         assert open_files(str(engine.process_id)) & before <= {standard_error}
     os.close(lock)
     os.close(other_end)
+
+
+async def start_with_folder(model: Path, folder: Path) -> EngineProcess:
+    return await EngineProcess.start(
+        model, threads=1, kv_memory_bytes=KV_BYTES, kv_folder=folder, kv_disk_bytes=KV_BYTES
+    )
+
+
+REPLY = SamplingParams(20, 0.7, seed=3, ignore_eos=True)
+
+
+async def test_a_closed_engine_leaves_its_kv_to_the_next_one(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "kv"
+    async with await start_with_folder(tiny_model_dir, folder) as first:
+        events = await collect(first, LONG[:700], REPLY, 700)
+        expected = await first.digest(LONG[:700] + sampled(events))
+    async with await start_with_folder(tiny_model_dir, folder) as second:
+        path = LONG[:700] + sampled(events)
+        assert await second.warm(path) == Prefilled(720, 720, 0)
+        assert await second.digest(path) == expected
+        await second.forget(path, 300)
+        assert (await second.measure()).disk_bytes > 0
+        await second.forget(path)
+        assert (await second.measure()).disk_bytes == 0
+
+
+async def test_an_idle_engine_writes_its_kv_before_it_is_killed(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "kv"
+    async with await start_with_folder(tiny_model_dir, folder) as first:
+        events = await collect(first, LONG[:100], REPLY, 100)
+        while not any(folder.glob("*.safetensors")):  # noqa: ASYNC110 - another process writes it
+            await asyncio.sleep(0)
+        os.kill(first.process_id, signal.SIGKILL)
+    async with await start_with_folder(tiny_model_dir, folder) as second:
+        path = LONG[:100] + sampled(events)
+        assert await second.warm(path) == Prefilled(120, 120, 0)
