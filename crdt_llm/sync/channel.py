@@ -11,17 +11,18 @@ Invariants:
 
 K1. A write goes out under a number of the outbox, in order; at most :data:`WINDOW` wait for an
     answer. After a refusal, one: what follows may be refused for the same reason.
-K2. When a write is not taken, what was sent behind it built on it. So it is all forgotten as sent,
-    and the answers to it that still come are not listened to: nothing is lost by sending an update
-    twice.
+K2. When a write has to be sent again, what was sent behind it is forgotten as sent too, and
+    refusals of that which still come are not listened to: nothing is lost by sending twice.
 K3. What the relay lacks is sent once as a whole. If it still lacks something then, there is no
     sense in going on.
+K4. A refusal is told once everything that was sent behind it is answered: some of it may have been
+    taken, if it did not build on what was refused, and must then not be written anew.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -99,12 +100,21 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The relay will never take these writes; they came as one update."""
+    """The relay will never take a write.
+
+    Attributes:
+        numbers: which; several came as one update.
+        code: why, for programs.
+        rule: the rule that was broken.
+        reason: why, for people.
+        settled: writes that were sent behind it, and that the relay has since the last answer.
+    """
 
     numbers: tuple[int, ...]
     code: str
     rule: str
     reason: str
+    settled: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +165,7 @@ class Channel:
         self._in_flight: dict[int, tuple[int, ...]] = {}  # id -> numbers, in order
         self._window = WINDOW
         self._is_held = False  # an answer asks for something else first
+        self._rejected: Rejected | None = None  # to be told (K4)
         self._restore: tuple[int, bytes] | None = None  # the id it went out under, and what
         self._restore_again: bytes | None = None  # after the pause
         self._catching_up = 0  # the id of the update with all that the relay lacked
@@ -243,6 +254,7 @@ class Channel:
         """
         self._deaf_through = self._last_id
         self._is_held = False
+        self._rejected = None
         self._in_flight.clear()
         self._sent_through = 0
         self._catching_up = 0
@@ -359,6 +371,8 @@ class Channel:
         self._window = WINDOW
         if identity >= self._catching_up:
             self._catching_up = 0
+        if self._rejected is not None and not self._in_flight:
+            return replace(self._rejected, settled=numbers)
         return Settled(numbers)
 
     def _not_taken(self, nack: Nack, now_s: float) -> Event | None:
@@ -367,10 +381,9 @@ class Channel:
         if nack.id <= self._deaf_through or nack.id not in self._in_flight:
             return None
         numbers = self._in_flight[nack.id]
+        if self._rejected is not None or nack.code in _REFUSED:
+            return self._refused(nack, numbers)
         self._forget_from(nack.id, numbers)
-        if nack.code in _REFUSED:
-            self._is_held = True
-            return Rejected(numbers, nack.code.value, nack.rule, nack.reason)
         if nack.code in _NOT_NOW:
             self._pause(nack, now_s)
             return None
@@ -378,6 +391,14 @@ class Channel:
             raise MalformedMessage("the relay lacks what it was sent")
         self._is_held = True
         return Lacks(nack.state_vector)
+
+    def _refused(self, nack: Nack, numbers: tuple[int, ...]) -> Rejected | None:
+        """K4. What is refused behind the first will be written anew, and judged once more."""
+        del self._in_flight[nack.id]
+        self._is_held = True
+        if self._rejected is None:
+            self._rejected = Rejected(numbers, nack.code.value, nack.rule, nack.reason)
+        return None if self._in_flight else self._rejected
 
     def _forget_from(self, identity: int, numbers: tuple[int, ...]) -> None:
         """K2."""

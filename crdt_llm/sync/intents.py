@@ -143,16 +143,17 @@ def without(intent: Intent, gone: Mapping[str, str]) -> Intent:
         The same with what was written after a missing entry moved to the nearest one that is there;
         what is about a missing entry alone, and a request for a reply to it, is left out.
     """
-    own = {edit.entry for edit in intent if isinstance(edit, Add)}
+    missing = dict(gone)
     left: list[PlainEdit] = []
-    for edit in intent:
+    for edit in sorted(intent, key=_order):
         match edit:
-            case Add(_, born, content) if born.after in gone and born.after not in own:
-                if content is not None:
-                    left.append(replace(edit, born=replace(born, after=_standing(born, gone))))
-            case SetMeta("head", value) if value in gone:
+            case Add(entry, born, None) if born.after in missing:
+                missing[entry] = born.after
+            case Add(_, born) if born.after in missing:
+                left.append(replace(edit, born=replace(born, after=_standing(born, missing))))
+            case SetMeta("head", value) if value in missing:
                 pass
-            case Ask(entry) if entry in gone:
+            case Ask(entry) if entry in missing:
                 pass
             case _:
                 left.append(edit)

@@ -448,16 +448,16 @@ class LocalReplica:
                         self._write_again(part)
                 continue
             is_hopeless = rule == _FORBIDDEN and written.number not in waiting
-            if written.number in culprits or is_hopeless:
+            intent, adds = written.intent, intents.entries_of(written.intent)
+            left = intents.without(intent, gone)
+            # A request for a reply to what is refused goes with it.
+            is_orphan = bool(adds) and not intents.entries_of(left)
+            if written.number in culprits or is_hopeless or is_orphan:
                 self._last_number += 1
-                refused.append(RefusedWrite(self._last_number, code, rule, reason, written.intent))
-                gone |= intents.entries_of(written.intent)
-                continue
-            intent = intents.without(written.intent, gone)
-            stays = intents.entries_of(intent)
-            adds = intents.entries_of(written.intent)
-            gone |= {entry: after for entry, after in adds.items() if entry not in stays}
-            again[written.number] = self._write_again(intent)
+                refused.append(RefusedWrite(self._last_number, code, rule, reason, intent))
+                gone |= adds
+            else:
+                again[written.number] = self._write_again(left)
         self._document.subscribe(self._changed)
         self._refused |= {one.id: one for one in refused}
         self._queue_rewritten(pending, again, refused)

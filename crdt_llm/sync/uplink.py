@@ -234,7 +234,8 @@ class Uplink:
                 self._replica.acknowledge(numbers)
                 if not numbers:
                     self._announce()  # it is the restored document that the relay has
-            case Rejected(numbers, code, rule, reason):
+            case Rejected(numbers, code, rule, reason, settled):
+                self._replica.acknowledge(settled)
                 await self._replica.refuse(numbers, code, rule, reason)
                 channel.restart(carefully=True)
             case Lacks(state_vector):

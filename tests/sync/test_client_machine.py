@@ -2,13 +2,16 @@
 
 The machine drives production clients against production rooms. Devices write, go offline, lose
 their connection in the middle of a frame, are cut off, crash and start again from their disks;
-disks fail; the relay restarts; frames come twice. After healing all replicas are equal.
+disks fail; the relay restarts, or loses all it had; it refuses writes in the middle of others.
+After healing all replicas are equal, nothing is there twice, and what was refused is a draft.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from random import Random
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -18,15 +21,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from sync.simulated_network import Network, VirtualTimeLoop
 
 from crdt_llm import Client
-from crdt_llm.errors import LocalMisuse, StoreFailed
+from crdt_llm.document import rules
+from crdt_llm.errors import LocalMisuse, Refused, StoreFailed
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
-from crdt_llm.sync import local_replica
+from crdt_llm.sync import local_replica, room
 from crdt_llm.sync.replica_file import ReplicaFile
 from crdt_llm.sync.wire import decode_state_vector
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from crdt_llm.document.conversation import Change, Conversation
     from crdt_llm.store.memory import MemorySeam
     from crdt_llm.sync.client import OpenConversation, Reply
 
@@ -37,7 +42,16 @@ DEVICES: Final = ("laptop", "phone", "tablet")
 QUIET_S: Final = 300.0
 """Ten times the longest wait before another try: after that long everybody who can has synced."""
 
+OFFENCE: Final = "offence"
+"""A text with this in it is against a rule that only the relay knows."""
+
 devices = st.sampled_from(DEVICES)
+
+
+def check_with_offences(change: Change, conversation: Conversation, **options: Any) -> None:
+    rules.check(change, conversation, **options)
+    if any(OFFENCE in conversation.text(entry) for entry in change.entries):
+        raise Refused("content", "that is offensive")
 
 
 class Device:
@@ -48,7 +62,8 @@ class Device:
         self.disk = MemoryDisk(name)
         self.disk_fails = False
         self.acknowledged: set[str] = set()
-        self.refused: set[str] = set()
+        self.offences: Counter[str] = Counter()  # texts that the relay will not take
+        self.said = 0
         self._network = network
         self._random = random
         self._now_ms = 1_700_000_000_000
@@ -92,6 +107,17 @@ class Device:
             task.cancel()
         await asyncio.wait(self._tasks)
 
+    async def offend(self, *, ask: bool) -> None:
+        """Write what the relay refuses, and note that the text was promised all the same."""
+        self.said += 1
+        text = f"{OFFENCE} {self.said} of {self.name}"
+        try:
+            await (self.conversation.ask(text) if ask else self.conversation.send(text))
+        except StoreFailed:
+            assert self.disk_fails
+        else:
+            self.offences[text] += 1
+
     async def write(self, act: Callable[[OpenConversation], Awaitable[Reply | str]]) -> None:
         """Write, and note what was promised."""
         known = set(self.conversation.document.tree.entries)
@@ -103,7 +129,14 @@ class Device:
         except LocalMisuse:
             assert not self.conversation.view()  # there was nothing to act on
         else:
-            self.acknowledged.add(done if isinstance(done, str) else done.id)
+            entry = done if isinstance(done, str) else done.id
+            if self.conversation.refusal_of(entry) is None:
+                self.acknowledged.add(entry)
+
+    def orphans(self) -> set[str]:
+        """Requests for a reply to what was refused; they say nothing themselves."""
+        refused = self.conversation.refused_writes
+        return {entry for one in refused if not one.text for entry in one.entries}
 
     def arrived(self) -> set[str]:
         """Entries that others wrote."""
@@ -124,12 +157,14 @@ class Fleet(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         # So that these short conversations are compacted again and again.
         self.patch.setattr(local_replica, "COMPACT_BYTES_MIN", 500)
+        self.patch.setattr(room, "rules", SimpleNamespace(check=check_with_offences))
 
     @initialize(seed=st.integers(0, 2**32))
     def begin(self, seed: int) -> None:
         self.random = Random(seed)
         self.network = Network(self.random)
         self.relay_disk = MemoryDisk("relay")
+        self.losses = 0
         self.devices = {name: Device(name, self.network, self.random) for name in DEVICES}
         self.loop.run(self._begin())
 
@@ -151,6 +186,23 @@ class Fleet(RuleBasedStateMachine):
     @rule(name=devices, text=st.text("ab é🧀", max_size=5))
     def send(self, name: str, text: str) -> None:
         self.loop.run(self.at(name).write(lambda c: c.send(text)))
+
+    @rule(name=devices, ask=st.booleans())
+    def offend(self, name: str, *, ask: bool) -> None:
+        self.loop.run(self.at(name).offend(ask=ask))
+
+    @rule(name=devices)
+    def offend_among_others(self, name: str) -> None:
+        async def all_at_once() -> None:
+            device = self.at(name)
+            await asyncio.gather(
+                device.write(lambda c: c.send("before")),
+                device.offend(ask=True),
+                device.write(lambda c: c.ask("after")),
+                device.write(lambda c: c.send("and after that")),
+            )
+
+        self.loop.run(all_at_once())
 
     @rule(name=devices)
     def ask(self, name: str) -> None:
@@ -223,6 +275,16 @@ class Fleet(RuleBasedStateMachine):
 
         self.loop.run(restart())
 
+    @rule()
+    def lose_the_log(self) -> None:
+        async def lose() -> None:
+            await self.network.stop_relay()
+            self.losses += 1
+            self.relay_disk = MemoryDisk(f"relay after {self.losses} losses")
+            await self._start_relay()
+
+        self.loop.run(lose())
+
     @rule(name=devices)
     def crash(self, name: str) -> None:
         async def crash() -> None:
@@ -268,9 +330,13 @@ class Fleet(RuleBasedStateMachine):
             assert have == there
             assert document.view() == first.view()
             assert set(document.tree.entries) == set(first.tree.entries)
+        assert not any(OFFENCE in first.text(entry) for entry in first.tree.entries)
         for device in self.devices.values():
-            missing = device.acknowledged - set(first.tree.entries)
+            missing = device.acknowledged - set(first.tree.entries) - device.orphans()
             assert not missing, f"{device.name} was promised {missing}"
+            drafts = Counter(one.text for one in device.conversation.refused_writes if one.text)
+            assert drafts == device.offences
+            assert not device.conversation.unacknowledged
             assert device.conversation.synced
             assert device.conversation.refused is None
 
@@ -288,8 +354,11 @@ class Fleet(RuleBasedStateMachine):
             await device.conversation.close()
             await device.start(device.conversation.id)
             await device.conversation.close()
-            missing = device.acknowledged - set(device.conversation.document.tree.entries)
+            there = set(device.conversation.document.tree.entries)
+            missing = device.acknowledged - there - device.orphans()
             assert not missing, f"the disk of {device.name} lacks {missing}"
+            drafts = Counter(one.text for one in device.conversation.refused_writes if one.text)
+            assert drafts == device.offences, f"the disk of {device.name}"
         await self.network.stop_relay()
 
 
