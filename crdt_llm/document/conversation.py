@@ -19,6 +19,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+from weakref import finalize, ref
 
 from pycrdt import Array, Doc, Map, Text
 
@@ -367,6 +368,7 @@ class Conversation:
         self._updates: list[bytes] = []
         self._failure: Exception | None = None
         self._busy = False
+        self._release: Callable[[], object] = lambda: None  # lets go of the document
         self._hold(Doc(client_id=client_id))
         if update != EMPTY_UPDATE:
             self.apply(update)
@@ -374,10 +376,16 @@ class Conversation:
     def _hold(self, doc: Doc[Any]) -> None:
         self._doc = doc
         self._roots: dict[str, Any] = {name: doc.get(name, type=Map) for name in ROOTS}
-        self._subscriptions = [
-            self._roots[name].observe_deep(self._collector(name)) for name in ROOTS
+        # The library's subscriptions are not seen by the garbage collector: one that held this
+        # replica would keep it for ever, and each keeps its document until it is ended.
+        me = ref(self)
+        held = [
+            (root, root.observe_deep(_collector(me, name))) for name, root in self._roots.items()
         ]
-        self._subscriptions.append(doc.observe(self._collect_update))
+        held.append((doc, doc.observe(_update_collector(me))))
+        self._release()
+        release = self._release = finalize(self, _unobserve, held)
+        release.atexit = False
 
     def revert(self, shadow: Shadow, touched: Iterable[str]) -> None:
         """Go back to what a shadow holds, under its client id; no listener hears of it.
@@ -397,15 +405,12 @@ class Conversation:
 
     # -- what happened -------------------------------------------------------------------------
 
-    def _collector(self, root: str) -> Callable[[list[Any]], None]:
-        def collect(events: list[Any]) -> None:
-            try:
-                for event in events:
-                    self._collected.extend(_edits(root, event))
-            except Exception as error:  # noqa: BLE001 - raised again outside the library's callback
-                self._failure = error
-
-        return collect
+    def _collect(self, root: str, events: list[Any]) -> None:
+        try:
+            for event in events:
+                self._collected.extend(_edits(root, event))
+        except Exception as error:  # noqa: BLE001 - raised again outside the library's callback
+            self._failure = error
 
     def _collect_update(self, event: TransactionEvent) -> None:
         self._updates.append(bytes(event.update))
@@ -632,11 +637,6 @@ class Conversation:
         plain: dict[str, str] = self._roots[ACCESS].to_py() or {}
         return plain
 
-    def epochs(self) -> tuple[int, ...]:
-        """The epochs that the document has a lease of, in no order."""
-        named = [text for text in self._roots[LEASES] if text.isdecimal() and text.isascii()]
-        return tuple(int(text) for text in named if len(text) <= EPOCH_DIGITS_MAX)
-
     def lease(self, epoch: int) -> tuple[bytes, bytes] | None:
         """The node's public key and the relay's signature under an epoch."""
         value = normalise(self._roots[LEASES].get(str(epoch)))
@@ -650,7 +650,11 @@ class Conversation:
     def epochs(self, since: int = 0) -> tuple[int, ...]:
         """The epochs with a recorded lease, from ``since`` on, in order."""
         names: list[str] = list(self._roots[LEASES].keys())
-        found = {int(name) for name in names if name.isascii() and name.isdecimal()}
+        found = {
+            int(name)
+            for name in names
+            if name.isascii() and name.isdecimal() and len(name) <= EPOCH_DIGITS_MAX
+        }
         return tuple(
             epoch for epoch in sorted(found) if epoch >= since and self.lease(epoch) is not None
         )
@@ -747,3 +751,26 @@ def _is_redaction(fields: Any) -> bool:
 
 
 __all__ = ["EMPTY_STATE_VECTOR", "EMPTY_UPDATE", "ROOT", "Change", "Conversation", "Edit", "Writer"]
+
+
+def _collector(to: ref[Conversation], root: str) -> Callable[[list[Any]], None]:
+    def collect(events: list[Any]) -> None:
+        replica = to()
+        if replica is not None:
+            replica._collect(root, events)  # noqa: SLF001 - the replica's own callback
+
+    return collect
+
+
+def _unobserve(held: list[tuple[Any, Any]]) -> None:
+    for observed, subscription in held:
+        observed.unobserve(subscription)
+
+
+def _update_collector(to: ref[Conversation]) -> Callable[[TransactionEvent], None]:
+    def collect(event: TransactionEvent) -> None:
+        replica = to()
+        if replica is not None:
+            replica._collect_update(event)  # noqa: SLF001 - as above
+
+    return collect

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 from dataclasses import fields, is_dataclass
@@ -766,3 +767,18 @@ class Mesh(RuleBasedStateMachine):
 
 Mesh.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestMesh = Mesh.TestCase
+
+
+def test_a_replica_that_nobody_holds_is_gone_with_its_document() -> None:
+    """A relay replaces replicas for as long as it runs."""
+    gc.collect()
+    before = sum(isinstance(one, Doc) for one in gc.get_objects())
+    replica = Conversation(1)
+    with replica.writing() as writer:
+        writer.set_meta("title", "gone soon")
+    assert replica.meta.title == "gone soon"
+    heard: list[object] = [replica]  # a reader that holds what it reads
+    replica.subscribe(heard.append)
+    del replica, writer, heard
+    gc.collect()
+    assert sum(isinstance(one, Doc) for one in gc.get_objects()) <= before
