@@ -56,8 +56,11 @@ class LocalSeat:
 
     async def lease(self) -> Lease:
         await asyncio.sleep(0)  # as a register would
-        signature = RELAY_KEY.sign(lease_message(self.room.id, 1, self.node))
-        return Lease(1, self.node, signature)
+        return self.lease_of(1)
+
+    def lease_of(self, epoch: int) -> Lease:
+        signature = RELAY_KEY.sign(lease_message(self.room.id, epoch, self.node))
+        return Lease(epoch, self.node, signature)
 
     async def submit(self, update: bytes) -> None:
         await asyncio.sleep(0)  # as a commit would: others run meanwhile
