@@ -40,7 +40,25 @@ test('a wrong token is said to be one, and another can be given', async () => {
   await page.getByText('Online').waitFor()
   await page.getByRole('button', { name: 'Settings' }).click()
   await page.getByRole('button', { name: 'Sign out' }).click()
+  await page.getByRole('button', { name: /Delete everything here/ }).click()
   await page.getByText('This page needs a token.').or(page.locator('.connection')).first().waitFor()
   expect(await page.evaluate(() => Object.values(localStorage).join())).not.toContain(stack.token)
+  await device.close()
+})
+
+test('signing out leaves nothing on the device', async () => {
+  const device = await Device.open(browser, stack)
+  const { page } = device
+  await device.begin()
+  await device.say('A diary')
+  await device.composer.fill('Half a page')
+  await page.getByRole('button', { name: 'Settings' }).click()
+  await page.getByRole('button', { name: 'Sign out' }).click()
+  await page.getByRole('button', { name: /Delete everything here/ }).click()
+  await page.getByText('This page needs a token.').waitFor()
+  expect(await page.evaluate(() => indexedDB.databases())).toEqual([])
+  expect(await page.evaluate(() => JSON.stringify(Object.entries(localStorage)))).not.toContain(
+    'Half'
+  )
   await device.close()
 })

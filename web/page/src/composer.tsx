@@ -4,7 +4,7 @@
 import type { JSX } from 'preact'
 import { useEffect, useRef, useState } from 'preact/hooks'
 import { Icon } from './icons'
-import type { LiveClient, LiveConversation } from './live'
+import { type LiveClient, type LiveConversation, mayWrite } from './live'
 import { active } from './message'
 import { attempt } from './notices'
 import { hints, unsent } from './settings'
@@ -72,7 +72,7 @@ export function Composer({
     const done = await attempt('Not sent', () => live.on.ask(said))
     if (!done) {
       change(said)
-    } else if (untitled && live.status.value.grant !== 'reader') {
+    } else if (untitled && mayWrite(live)) {
       await attempt('Not named', () => live.on.rename(titleFrom(said)))
     }
   }

@@ -6,7 +6,7 @@ import { Composer } from './composer'
 import { CopyButton } from './copy'
 import { saveAs } from './files'
 import { Icon } from './icons'
-import type { LiveClient, LiveConversation } from './live'
+import { type LiveClient, type LiveConversation, mayWrite } from './live'
 import { Menu, type MenuItem } from './menu'
 import { Messages } from './messages'
 import { goTo, panel, showList, togglePanel } from './navigation'
@@ -95,7 +95,7 @@ function Head({ client, live }: { client: LiveClient; live: LiveConversation }):
   const id = live.on.id
   const isArchived = client.list.value.find(one => one.id === id)?.archived === true
   const isBirth = owner !== null && owner === client.status.value.principal
-  const isReader = grant === 'reader'
+  const isReader = !mayWrite(live)
   const items: MenuItem[] = [
     ...(isReader ? [] : [{ label: 'Rename', icon: 'edit' as const, act: () => openRename(id) }]),
     { label: 'Share', icon: 'share', act: openShare },
@@ -231,7 +231,7 @@ export function ConversationView({
   client: LiveClient
   live: LiveConversation
 }): JSX.Element {
-  const { grant, state } = live.status.value
+  const { state } = live.status.value
   const isEmpty = live.path.value.length === 0
   return (
     <main class="conversation" id="conversation" aria-label={titleOf(live.meta.value.title)}>
@@ -247,7 +247,7 @@ export function ConversationView({
       <div class="foot">
         <RefusedWrites live={live} />
         <Banner live={live} />
-        {grant !== 'reader' && <Composer client={client} live={live} />}
+        {mayWrite(live) && <Composer client={client} live={live} />}
       </div>
     </main>
   )

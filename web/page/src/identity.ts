@@ -2,7 +2,7 @@
 // address, is kept, and is taken out of the address before anything else happens. It never goes into
 // a request line again: the provider sends it in its first frame.
 
-import { remember, remembered } from './settings'
+import { remember, remembered, unsent } from './settings'
 
 export interface Identity {
   /** Keeps the data of several accounts in this browser apart. */
@@ -69,6 +69,25 @@ export function use(token: string): boolean {
 export function forget(profile: string): void {
   keep(known.filter(one => one.profile !== profile))
 }
+
+/** Deletes what this device keeps of an account: its token, its conversations, its unsent text. */
+export async function erase(profile: string): Promise<void> {
+  forget(profile)
+  unsent.forget()
+  for (const { name } of (await indexedDB.databases?.()) ?? []) {
+    // As the provider names them: program, profile, relay.
+    if (name?.startsWith(`crdt-llm ${profile} `)) await deleted(name)
+  }
+}
+
+const deleted = (name: string): Promise<void> =>
+  new Promise(done => {
+    const request = indexedDB.deleteDatabase(name)
+    // Another tab still has it open: it goes when that one is closed.
+    request.onblocked = () => done()
+    request.onsuccess = () => done()
+    request.onerror = () => done()
+  })
 
 /**
  * Takes a token out of the address, from its fragment (which no request carries) or its query, and

@@ -142,3 +142,9 @@ export class LiveClient {
     })
   }
 }
+
+/** Whether it is of use to write here: what the relay does not let in would never leave this device. */
+export function mayWrite(live: LiveConversation): boolean {
+  const { grant, state } = live.status.value
+  return grant !== 'reader' && state !== 'refused'
+}

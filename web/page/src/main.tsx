@@ -6,6 +6,7 @@ import { render } from 'preact'
 import { App, followNavigation } from './app'
 import { deviceName, identities, takeTokenFromAddress } from './identity'
 import { LiveClient } from './live'
+import { notify } from './notices'
 import { hints } from './settings'
 import { SignIn } from './sign-in'
 
@@ -38,4 +39,9 @@ void start()
 if ('serviceWorker' in navigator && import.meta.env.PROD) {
   // Without one (plain http from afar, a private window) the page works while there is a network.
   navigator.serviceWorker.register('/sw.js').catch(() => undefined)
+  // What is open goes on with the build that it began with.
+  const isNews = navigator.serviceWorker.controller !== null
+  navigator.serviceWorker.addEventListener('controllerchange', () => {
+    if (isNews) notify('There is a new version of this page: reload it when you like.')
+  })
 }

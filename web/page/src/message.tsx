@@ -9,7 +9,7 @@ import { useRef, useState } from 'preact/hooks'
 import { CopyButton } from './copy'
 import { Formatted, Plain } from './formatted'
 import { Icon } from './icons'
-import type { LiveConversation } from './live'
+import { type LiveConversation, mayWrite } from './live'
 import { attempt } from './notices'
 import { openWithdraw } from './overlays'
 import { clockTime, fullTime, machineTime } from './times'
@@ -26,8 +26,6 @@ export function edit(entry: string): void {
 export const elementIdOf = (entry: string): string => `entry-${entry}`
 
 const ROLE_NAMES = { system: 'System', user: 'You', assistant: 'Reply', tool: 'Tool' } as const
-
-const mayWrite = (live: LiveConversation): boolean => live.status.value.grant !== 'reader'
 
 function speaker(entry: Entry, principal: string | null): string {
   const { role, author, device } = entry.born

@@ -10,7 +10,7 @@ import { useEffect, useLayoutEffect, useRef } from 'preact/hooks'
 import { announce } from './announcer'
 import { copyText } from './copy'
 import { Icon } from './icons'
-import type { LiveConversation } from './live'
+import { type LiveConversation, mayWrite } from './live'
 import { active, edit, editing, elementIdOf, lookAtSibling, Message } from './message'
 import { attempt } from './notices'
 import { openWithdraw } from './overlays'
@@ -83,7 +83,7 @@ function onKey(event: KeyboardEvent, live: LiveConversation, focusOn: Focus): vo
   const path = live.path.value
   const at = path.indexOf(id)
   const entry = live.on.entry(id)
-  const writes = live.status.value.grant !== 'reader'
+  const writes = mayWrite(live)
   const acts: Record<string, () => void> = {
     ArrowUp: () => focusOn(path[at - 1]),
     ArrowDown: () =>

@@ -2,7 +2,7 @@
 
 import type { JSX } from 'preact'
 import { useState } from 'preact/hooks'
-import { deviceName, forget, identities, nameDevice, use } from './identity'
+import { deviceName, erase, identities, nameDevice, use } from './identity'
 import type { LiveClient } from './live'
 import { hints, type Theme, theme } from './settings'
 import { TokenForm } from './sign-in'
@@ -15,6 +15,26 @@ const THEMES: readonly [Theme, string][] = [
 
 /** Accounts are chosen at the start: the data of one must never mix with another's. */
 const startAgain = (): void => location.reload()
+
+/** Two clicks: what was not sent would be lost with the rest. */
+function SignOut({ client }: { client: LiveClient }): JSX.Element {
+  const [isSure, setSure] = useState(false)
+  const signOut = async (): Promise<void> => {
+    const here = identities()[0]
+    await client.on.close()
+    if (here !== undefined) await erase(here.profile)
+    startAgain()
+  }
+  return isSure ? (
+    <button type="button" class="danger" onClick={() => void signOut()}>
+      Delete everything here, also what is not sent
+    </button>
+  ) : (
+    <button type="button" onClick={() => setSure(true)}>
+      Sign out
+    </button>
+  )
+}
 
 export function SettingsForm({ client }: { client: LiveClient }): JSX.Element {
   const [name, setName] = useState(deviceName())
@@ -78,16 +98,7 @@ export function SettingsForm({ client }: { client: LiveClient }): JSX.Element {
         <ul class="people-list">
           <li>
             <span>{client.status.value.principal ?? 'not known yet'}</span>
-            <button
-              type="button"
-              onClick={() => {
-                const here = identities()[0]
-                if (here !== undefined) forget(here.profile)
-                startAgain()
-              }}
-            >
-              Sign out
-            </button>
+            <SignOut client={client} />
           </li>
           {others.map(one => (
             <li key={one.profile}>

@@ -49,10 +49,23 @@ effect(() => {
   else root.setAttribute('data-theme', theme.value)
 })
 
+let keepsUnsent = true
+
 /** Text that was typed and not sent, by conversation. */
 export const unsent = {
   read: (conversation: string): string => remembered(`unsent.${conversation}`) ?? '',
   write: (conversation: string, text: string): void => {
-    remember(`unsent.${conversation}`, text || null)
+    if (keepsUnsent) remember(`unsent.${conversation}`, text || null)
+  },
+  /** Forgets all of it, and keeps no more: a page that is left would write its own once again. */
+  forget: (): void => {
+    keepsUnsent = false
+    try {
+      for (const one of Object.keys(localStorage)) {
+        if (one.startsWith(`${PREFIX}unsent.`)) localStorage.removeItem(one)
+      }
+    } catch {
+      // Storage is forbidden: nothing was kept.
+    }
   }
 }

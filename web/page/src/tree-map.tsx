@@ -3,7 +3,7 @@
 
 import type { Conversation } from 'crdt-llm-provider'
 import type { JSX } from 'preact'
-import type { LiveConversation } from './live'
+import { type LiveConversation, mayWrite } from './live'
 import { attempt } from './notices'
 import { plural } from './times'
 
@@ -78,7 +78,7 @@ export function TreeMap({ live }: { live: LiveConversation }): JSX.Element {
   const lanes = Math.min(Math.max(0, ...runs.map(run => run.lane)), LANES_MAX)
   const width = x(lanes) + 10
   const byDefault = live.on.view(live.meta.value.head).at(-1)
-  const mayLead = live.status.value.grant !== 'reader'
+  const mayLead = mayWrite(live)
   if (runs.length === 0) return <p class="empty">Nothing has been said yet.</p>
   return (
     <div class="tree-map">
