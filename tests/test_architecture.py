@@ -31,6 +31,8 @@ DOORWAYS = {
     "torch": {"inference"},
     "transformers": {"inference"},
     "tokenizers": {"inference"},
+    "prometheus_client": {"sync"},
+    "jwt": {"sync"},
     "sqlite3": {"store", "cli"},  # `cli` reads a log beside the process that writes it
     "prompt_toolkit": {"cli"},
     "typer": {"cli"},

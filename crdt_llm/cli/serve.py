@@ -29,6 +29,7 @@ from crdt_llm.sync.access import Authority, load_or_create_token
 from crdt_llm.sync.conversation_list import ConversationLists
 from crdt_llm.sync.hub import Hub
 from crdt_llm.sync.leases import LeaseOffice
+from crdt_llm.sync.metrics import Metrics
 from crdt_llm.sync.native_peer import RelayIdentity
 from crdt_llm.sync.relay import Relay
 from crdt_llm.sync.requests import Requests
@@ -172,7 +173,8 @@ async def serve(
         register = await SqliteRegister.open(folder.register)
         stack.push_async_callback(register.close)
         relay_key = SigningKey(load_or_create_secret(folder.key("relay")))
-        hub = Hub(log, register=register, relay_key=relay_key.public)
+        metrics = Metrics(rooms=lambda: hub.open_rooms)
+        hub = Hub(log, register=register, relay_key=relay_key.public, metrics=metrics)
         office = LeaseOffice(hub.grant_epoch, relay_key.sign, clock=time.monotonic)
         stack.push_async_callback(office.close)
         archive = Archive.open(folder.archive)
@@ -193,6 +195,8 @@ async def serve(
             lists=lists,
             requests=Requests(lists, authority),
             built_page=built_page(),
+            metrics=metrics,
+            node_keys=() if node is None else (node.identity.key.public,),
             node_problem=None if node is None else lambda: node.problem,
         )
         # Last in, first out: the node leaves its seats before the rooms close behind it.
