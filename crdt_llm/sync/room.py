@@ -685,6 +685,10 @@ class Room:
             if self._hold_debtor(seat):
                 continue
             submission, author = seat.queue.popleft()
+            if submission.peer.author.epoch != author.epoch:
+                # Its lease has ended since. The epoch alone would not tell: the same node may have
+                # come back under it on another connection, and must not meet its own late words.
+                author = replace(author, epoch=None)
             if seat.queue:
                 self._stand_in_line(seat)
             verdict = None

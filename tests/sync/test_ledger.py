@@ -297,6 +297,28 @@ async def test_what_waits_behind_a_lease_that_ends_is_fenced_too() -> None:
     await blocking
 
 
+async def test_what_waits_behind_a_connection_that_ends_is_fenced_though_the_epoch_stays() -> None:
+    """The same node is back on another connection, and generates the same words again."""
+    place = Place(leased=True)
+    owner, device = await born(place)
+    question, slot = await ask(device, owner)
+    old = await LeasedNode.sit(place)
+    await old.admit(question)
+    await old.start(slot)
+    place.gate.clear()
+    blocking = asyncio.create_task(owner.membership.submit(device.entitle("in the way")))
+    await turns()
+    late = asyncio.create_task(old.say(slot, "twice"))
+    await turns()
+    old.member.membership.author = Author("node", node=True, epoch=None)
+    granting = asyncio.create_task(place.hub._rooms[CONVERSATION].grant_epoch(old.key.public))
+    place.gate.set()
+    await blocking
+    assert await granting == old.epoch
+    with pytest.raises(Refused, match="another node"):
+        await late
+
+
 async def test_a_node_without_a_lease_writes_nothing() -> None:
     place = Place(leased=True)
     owner, device = await born(place)
