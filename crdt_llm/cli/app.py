@@ -370,6 +370,10 @@ def replay(
             help="Its id, or how that begins; by default the last one.", show_default=False
         ),
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Also compare the KV cache with what was recorded live."),
+    ] = False,
     data: _Data = None,
     model: _Model = DEFAULT_MODEL,
     json: _Json = False,
@@ -382,7 +386,9 @@ def replay(
     from crdt_llm.cli.replay import run_replay  # noqa: PLC0415 - see the module's docstring
 
     _log(verbose=verbose)
-    _exit(run_replay(conversation=conversation, data=data, model=model, as_json=json))
+    _exit(
+        run_replay(conversation=conversation, data=data, model=model, as_json=json, check_kv=verify)
+    )
 
 
 @app.command(cls=Command, epilog="Example: crdt-llm audit --tolerance 0.1")

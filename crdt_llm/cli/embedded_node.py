@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.document.seal import Sealer
 from crdt_llm.errors import ConnectionLost, LeaseLost, Refused
+from crdt_llm.inference.digests import Digests
 from crdt_llm.inference.node import Node
 from crdt_llm.inference.process import EngineProcess
 from crdt_llm.inference.prompt import Renderer
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from crdt_llm.sync.leases import Granted, LeaseOffice
 
 NODE: Final = "node"
+DIGESTS: Final = "digests"  # beside the KV cache, whose digests they are
 
 
 def _ignore_hint(
@@ -204,5 +206,6 @@ def make_node(
     sealer = Sealer(master, os.urandom)
     identity = Identity(node_key, sealer, os.urandom, str(model_dir.name), renderer.id)
     node = Node(surroundings, renderer, vocabulary, identity)
+    node.digests = Digests(folder.kv / DIGESTS)
     seats.hint = node.hint
     return node

@@ -13,11 +13,14 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from crdt_llm.cli.embedded_node import DIGESTS
 from crdt_llm.cli.folders import DataFolder
 from crdt_llm.cli.stored import complete_id, list_stored, load_stored
 from crdt_llm.document.keys import load_or_create_secret
+from crdt_llm.document.schema import ROOT
 from crdt_llm.document.seal import Sealer
 from crdt_llm.errors import Corrupt, LocalMisuse
+from crdt_llm.inference.digests import Digests, verify
 from crdt_llm.inference.models import resolve
 from crdt_llm.inference.process import EngineProcess
 from crdt_llm.inference.prompt import Renderer
@@ -26,10 +29,11 @@ from crdt_llm.inference.tokens import Vocabulary
 from crdt_llm.inference.transcript import Transcript
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from crdt_llm.document.conversation import Conversation
+    from crdt_llm.inference.digests import Verified
     from crdt_llm.inference.replay import Replayed
 
 
@@ -68,16 +72,33 @@ async def _replay(
     folder: DataFolder,
     model_dir: Path,
     show: Callable[[Replayed], None],
-) -> list[Replayed]:
+    *,
+    check_kv: bool,
+) -> tuple[list[Replayed], list[Verified]]:
     """Replay the view's path; each reply is shown as soon as it is made."""
     transcript, renderer = open_transcript(conversation, folder, model_dir)
     rows: list[Replayed] = []
+    borders: list[Verified] = []
     async with await EngineProcess.start(model_dir) as engine:
         path = conversation.view()
         async for one in replay(conversation, path, transcript, renderer, engine):
             show(one)
             rows.append(one)
-    return rows
+        if check_kv:
+            recorded = Digests(folder.kv / DIGESTS).load(conversation.id or "")
+            verifying = verify(
+                conversation, _end_of(path, conversation), transcript, recorded, engine
+            )
+            borders = [border async for border in verifying]
+    return rows, borders
+
+
+def _end_of(path: Sequence[str], conversation: Conversation) -> str:
+    """The last entry of a path that was admitted and has ended."""
+    entries = (conversation.entry(name) for name in reversed(path))
+    ended = (one for one in entries if one is not None and one.proof is not None)
+    last = next(ended, None)
+    return ROOT if last is None else last.id
 
 
 def _show(one: Replayed) -> None:
@@ -104,21 +125,45 @@ def _row(one: Replayed) -> str:
     return f"{one.entry}  prompt {one.prompt:>6}  tokens {one.recorded:>5}  {verdict}{model}"
 
 
-def run_replay(*, conversation: str | None, data: Path | None, model: str, as_json: bool) -> int:
-    """The command. Returns the exit code: 0 if every reply came out token for token."""
+def _border(one: Verified) -> str:
+    verdict = {None: "not recorded", True: "same", False: "DIFFERS"}[one.same]
+    return f"{one.entry}  KV of {one.tokens:>6} tokens  {verdict}"
+
+
+def run_replay(
+    *,
+    conversation: str | None,
+    data: Path | None,
+    model: str,
+    as_json: bool,
+    check_kv: bool = False,
+) -> int:
+    """The command. Returns the exit code: 0 if every reply came out token for token.
+
+    With ``check_kv`` the KV at every entry border must also be what it was when it was live, as far
+    as that was recorded; it must have been recorded somewhere.
+    """
     folder = DataFolder.named(data)
     name, replica = find_stored(folder, conversation)
     model_dir = resolve(model, fetch=True, report=report)
-    rows = asyncio.run(_replay(replica, folder, model_dir, _silent if as_json else _show))
+    show = _silent if as_json else _show
+    rows, borders = asyncio.run(_replay(replica, folder, model_dir, show, check_kv=check_kv))
     exact = all(one.exact for one in rows)
+    compared = [one.same for one in borders if one.same is not None]
+    same_kv = all(compared) and bool(compared)
     if as_json:
-        facts = [asdict(one) | {"exact": one.exact} for one in rows]
-        sys.stdout.write(
-            json.dumps({"conversation": name, "exact": exact, "replies": facts}) + "\n"
-        )
+        replies = [asdict(one) | {"exact": one.exact} for one in rows]
+        facts: dict[str, object] = {"conversation": name, "exact": exact, "replies": replies}
+        if check_kv:
+            facts |= {"same_kv": same_kv, "borders": [asdict(one) for one in borders]}
+        sys.stdout.write(json.dumps(facts) + "\n")
     else:
         tokens = sum(one.recorded for one in rows)
         sys.stdout.write(
             f"{len(rows)} replies, {tokens} tokens, {'exact' if exact else 'NOT exact'}\n"
         )
-    return 0 if exact else 1
+        if check_kv:
+            sys.stdout.writelines(f"{_border(one)}\n" for one in borders)
+            verdict = "all the same" if same_kv else "NOT the same" if compared else "none recorded"
+            sys.stdout.write(f"{len(compared)} of {len(borders)} KV digests compared, {verdict}\n")
+    return 0 if exact and (same_kv or not check_kv) else 1

@@ -16,12 +16,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 from crdt_llm.errors import BadProof, EngineBusy, EngineDied, PromptTooLong
+from crdt_llm.inference.digests import Digesting
 from crdt_llm.inference.drafts import common_prefix, settled
 from crdt_llm.inference.transcript import OFFLOAD_CHARACTERS_MIN
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable
 
+    from crdt_llm.inference.digests import Digests
     from crdt_llm.inference.drafts import Drafts
     from crdt_llm.inference.engine import Engine
     from crdt_llm.inference.fed import Fed
@@ -39,6 +41,7 @@ class Reader(Protocol):
     """What reading ahead needs of the node."""
 
     engine: Engine | None
+    digests: Digests | None
 
     @property
     def is_at_work(self) -> bool:
@@ -180,6 +183,8 @@ class Ahead:
         done = await engine.warm(ids)
         spans = tuple((name, len(part)) for name, part in segments)
         self._work.account.computed(spans, reused=done.reused, prompt=done.prompt)
+        if self._shared.digests is not None and isinstance(engine, Digesting):
+            await self._shared.digests.record(self._id, segments, engine)
 
     # -- drafts --------------------------------------------------------------------------------
 

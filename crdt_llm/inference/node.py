@@ -21,6 +21,7 @@ from crdt_llm.inference.turns import Turns
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
+    from crdt_llm.inference.digests import Digests
     from crdt_llm.inference.engine import Engine
     from crdt_llm.inference.prompt import Renderer
     from crdt_llm.inference.reply import Identity
@@ -63,6 +64,7 @@ class Node:
         self._desks: dict[str, tuple[Desk, asyncio.Task[None]]] = {}
         self._fed: dict[str, Fed] = {}
         self.drafted = Tally()
+        self.digests: Digests | None = None  # where they are recorded, if they are
         self._drafts: dict[str, Drafts] = {}
         self._reading = 0  # admitted paths that are read ahead
         self._until_rest: set[Callable[[], None]] = set()

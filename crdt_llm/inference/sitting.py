@@ -614,9 +614,10 @@ class Sitting:
         engine, tree = self._shared.engine, self.work.conversation.tree
         withdrawn = self.work.take_withdrawn()
         if withdrawn:
-            self._shared.drafts(
-                self._id
-            ).reset()  # what was withdrawn may have been typed here a moment ago
+            # It may have been typed here a moment ago.
+            self._shared.drafts(self._id).reset()
+            if self._shared.digests is not None:
+                self._shared.digests.drop(self._id, tree, withdrawn)
         for entry in withdrawn:
             self._fed.withdraw(entry)
             if tree.is_admitted(entry):

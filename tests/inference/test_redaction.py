@@ -17,6 +17,7 @@ from local_room import LocalRoom, make_node
 from crdt_llm.document.chain import verify_path
 from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.schema import Params, State
+from crdt_llm.inference.digests import Digests
 from crdt_llm.inference.process import EngineProcess
 from crdt_llm.inference.prompt import REDACTED_TEXT
 from crdt_llm.inference.transcript import Transcript
@@ -166,6 +167,32 @@ async def test_what_was_withdrawn_is_nowhere_at_the_node(
         problems = [verdict.problem for verdict in verify_path(room.replica, room.replica.view())]
         assert problems == [None] * len(room.replica.view())
         assert REDACTED_TEXT in node.vocabulary.spell(prompt_of(room, node, after.id))
+
+
+async def test_no_digest_of_what_was_withdrawn_stays_on_the_disk(
+    tiny_model_dir: Path, engine: EngineProcess, tmp_path: Path
+) -> None:
+    """Whoever has the model could guess a short text from the digest of its KV."""
+    room = LocalRoom(7)
+    async with running(room, tiny_model_dir, engine) as node:
+        node.digests = Digests(tmp_path / "digests")
+        first = await room.ended(room.ask("hello", **GREEDY))
+        reply = await room.ended(room.ask("7391", **GREEDY))
+        await settled(room, node)
+        assert reply.place is not None
+        secret = reply.place.parent
+        before = node.digests.load(room.id)
+        assert {border.entry for border in before} == set(room.replica.view())
+        redact(room, secret)
+        await settled(room, node)
+        after = node.digests.load(room.id)
+        left = (tmp_path / "digests" / room.id).read_bytes()
+        for border, kv in before.items():
+            behind = border.entry in {secret, reply.id}
+            assert (kv.encode() in left) is not behind
+        # What is read behind the marker is recorded anew.
+        assert {border.entry for border in after} == set(room.replica.view())
+        assert first.id in {border.entry for border in after}
 
 
 async def test_a_short_secret_cannot_be_guessed_from_what_is_left(

@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 
     import pytest
 
+    from crdt_llm.inference.digests import Border
+
 
 async def test_replies_of_a_served_conversation_agree_with_themselves(
-    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with (
         await EngineProcess.start(tiny_model_dir, threads=1) as process,
@@ -27,8 +32,22 @@ async def test_replies_of_a_served_conversation_agree_with_themselves(
         two_devices(stack) as (phone, _),
     ):
         data = stack.folder.path
+        monkeypatch.setattr(stack.engine, "digest", process.digest, raising=False)
         await done(await phone.ask("hello", max_tokens=20, temperature=0.7))
-        await done(await phone.ask("and?", max_tokens=20, temperature=0.0))
+        last = await done(await phone.ask("and?", max_tokens=20, temperature=0.0))
+        digests = stack.node.digests
+        assert digests is not None
+        recorded, note = asyncio.Event(), digests.note
+
+        def watched(conversation: str, border: Border, kv: bytes) -> None:
+            note(conversation, border, kv)
+            if border.entry == last.id:
+                recorded.set()
+
+        monkeypatch.setattr(digests, "note", watched)
+        known = {border.entry for border in digests.load(phone.id)}
+        if last.id not in known:
+            await recorded.wait()
     model = str(tiny_model_dir)
     code = await asyncio.to_thread(
         run_audit, conversation=None, data=data, model=model, tolerance=0.0, as_json=True
@@ -48,3 +67,21 @@ async def test_replies_of_a_served_conversation_agree_with_themselves(
     )
     assert code == 0
     assert json.loads(capsys.readouterr().out)["exact"] is True
+    file = next((data / "kv" / "digests").iterdir())
+    for change, expected in ((lambda text: text, 0), (turn_a_digit, 1), (lambda _: "", 1)):
+        file.write_text(change(file.read_text()))
+        code = await asyncio.to_thread(
+            run_replay, conversation=None, data=data, model=model, as_json=True, check_kv=True
+        )
+        facts = json.loads(capsys.readouterr().out)
+        assert code == expected
+        assert facts["exact"] is True
+        assert facts["same_kv"] is (expected == 0)
+        assert len(facts["borders"]) == 4
+    assert [border["same"] for border in facts["borders"]] == [None] * 4
+
+
+def turn_a_digit(text: str) -> str:
+    """Another digest at the first border."""
+    first, *rest = text.splitlines()
+    return "\n".join([first[:-1] + ("0" if first[-1] != "0" else "1"), *rest])
