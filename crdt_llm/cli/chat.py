@@ -48,7 +48,10 @@ PATIENCE_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What was asked for on the command line."""
+    """What was asked for on the command line.
+
+    ``drafts``: whether the node may read along at the prompt.
+    """
 
     conversation: str | None = None
     new: bool = False
@@ -57,6 +60,7 @@ class Wish:
     temperature: float | None = None
     seed: int | None = None
     json: bool = False
+    drafts: bool = True
 
     @property
     def sampling(self) -> Sampling:
@@ -116,7 +120,9 @@ async def _chat(  # noqa: PLR0913 - as above
         from crdt_llm.cli.dialogue import Dialogue  # noqa: PLC0415 - a pipe needs no terminal
 
         lines = partial(list_lines, home / LOG_NAME)
-        dialogue = Dialogue(client, door, sampling=wish.sampling, list_lines=lines)
+        dialogue = Dialogue(
+            client, door, sampling=wish.sampling, list_lines=lines, drafts=wish.drafts
+        )
         return await dialogue.run(conversation)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from prompt_toolkit import PromptSession
@@ -22,11 +23,11 @@ from crdt_llm.cli.connection import Standing, known
 from crdt_llm.cli.printable import one_line
 from crdt_llm.cli.scroll import Scroll
 from crdt_llm.cli.stored import complete_id
-from crdt_llm.document.schema import Role
+from crdt_llm.document.schema import TEXT_BYTES_MAX, Role, State
 from crdt_llm.errors import CrdtLlmError, LocalMisuse
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 
     from prompt_toolkit.input import Input
     from prompt_toolkit.output import Output
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from crdt_llm.document.schema import Entry
     from crdt_llm.sync.changes import Changed
     from crdt_llm.sync.client import Client, OpenConversation, Sampling
+    from crdt_llm.sync.journal import RefusedWrite
 
 LIVE_ROWS_MAX: Final = 6  # of what is still written, above the prompt; the rest follows on paper
 DEVICES_NAMED_MAX: Final = 3  # in the bar
@@ -53,6 +55,7 @@ class Terminal:
     Args:
         prompt: what stands before the cursor, asked anew with every redraw.
         bar: what stands below it.
+        typed: told of the line each time it changes.
         source: where keys come from; ``None`` is the process's own.
         target: where the screen is; ``None`` is the process's own.
     """
@@ -62,6 +65,7 @@ class Terminal:
         prompt: Callable[[int], str],
         bar: Callable[[], str],
         *,
+        typed: Callable[[str], None] | None = None,
         source: Input | None = None,
         target: Output | None = None,
     ) -> None:
@@ -73,6 +77,8 @@ class Terminal:
             input=source,
             output=target,
         )
+        if typed is not None:
+            self._session.default_buffer.on_text_changed += lambda buffer: typed(buffer.text)
 
     def _columns(self) -> int:
         return self._session.output.get_size().columns
@@ -125,6 +131,7 @@ class Dialogue:
         door: the way to the relay.
         sampling: asked for with every reply.
         list_lines: this device's conversations, for people.
+        drafts: whether the node may read what is being typed.
         source: where keys come from.
         target: where the screen is.
     """
@@ -136,6 +143,7 @@ class Dialogue:
         *,
         sampling: Sampling,
         list_lines: Callable[[], list[str]],
+        drafts: bool = True,
         source: Input | None = None,
         target: Output | None = None,
     ) -> None:
@@ -143,7 +151,16 @@ class Dialogue:
         self._door = door
         self._sampling = sampling
         self._list_lines = list_lines
-        self._terminal = Terminal(self._prompt, self._bar, source=source, target=target)
+        self._terminal = Terminal(
+            self._prompt,
+            self._bar,
+            typed=self._typed if drafts else None,
+            source=source,
+            target=target,
+        )
+        self._told_refused: set[int] = set()
+        self._told_superseded: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._scroll = Scroll(client.principal, client.device)
         self._entries: dict[str, Entry] = {}
         self._standing = Standing.CONNECTING
@@ -172,14 +189,17 @@ class Dialogue:
             await self._enter(conversation)
             try:
                 return await self._loop()
-            except Interrupted:
-                return INTERRUPTED
             finally:
                 await self._leave()
 
     async def _loop(self) -> int:
         while True:
-            line = await self._next_line()
+            try:
+                line = await self._next_line()
+            except Interrupted:
+                if not await self._stop_what_runs():
+                    return INTERRUPTED
+                continue
             try:
                 wish = Do("quit") if line is None else commands.parse(line)
                 if wish == Do("quit"):
@@ -189,6 +209,23 @@ class Dialogue:
                 await self._obey(wish)
             except CrdtLlmError as error:
                 await self._terminal.show([f"  ! {one_line(str(error))}"])
+
+    async def _stop_what_runs(self) -> bool:
+        """The first Ctrl-C ends the reply that is being written; whether there was one."""
+        try:
+            if await self._open.stop() is None:
+                return False
+        except CrdtLlmError as error:
+            await self._terminal.show([f"  ! {one_line(str(error))}"])
+            return False
+        await self._terminal.show(["-- stopping the reply; Ctrl-C once more leaves --"])
+        return True
+
+    def _typed(self, line: str) -> None:
+        """Let the node read along; a command is none of its business."""
+        if self._conversation is not None:
+            is_message = not line.startswith("/") and len(line.encode()) <= TEXT_BYTES_MAX
+            self._conversation.draft(line if is_message else "")
 
     async def _next_line(self) -> str | None:
         asking = asyncio.create_task(self._terminal.ask(), name="prompt")
@@ -206,6 +243,8 @@ class Dialogue:
         self._conversation = conversation
         self._scroll.clear()
         self._entries.clear()
+        self._told_refused.clear()
+        self._told_superseded.clear()
         title = one_line(conversation.title, BEGINNING_CHARACTERS)
         name = f"{conversation.id} {title}".rstrip()
         await self._terminal.show([f"-- conversation {name} (/help lists the commands) --"])
@@ -218,6 +257,8 @@ class Dialogue:
             with suppress(asyncio.CancelledError):
                 await self._watching
             self._watching = None
+        for task in self._tasks:
+            task.cancel()
 
     # -- seeing --------------------------------------------------------------------------------
 
@@ -241,7 +282,42 @@ class Dialogue:
             if changed is None or changed.touches(name):
                 del self._entries[name]
         await self._terminal.show(self._scroll.advance(self._view()))
+        await self._tell_superseded()
+        await self._tell_refused()
         self._terminal.refresh()
+
+    async def _tell_superseded(self) -> None:
+        """Mark each question that a later one took over: it gets no reply of its own."""
+        view = self._view()
+        for number, (entry, behind) in enumerate(pairwise(view), start=1):
+            if entry.is_slot or behind.is_slot or entry.id in self._told_superseded:
+                continue
+            if self._has_superseded_request(entry.id):
+                self._told_superseded.add(entry.id)
+                await self._terminal.show(
+                    [f"    ([{number}] gets no reply of its own: a later message took over)"]
+                )
+
+    def _has_superseded_request(self, entry: str) -> bool:
+        document = self._open.document
+        return any(
+            slot in document.tree.superseded or document.state(slot) is State.SUPERSEDED
+            for slot in document.tree.children(entry)
+        )
+
+    async def _tell_refused(self) -> None:
+        """Say once of each refused write that it was refused, and how to keep its text."""
+        for number, refused in enumerate(self._open.refused_writes, start=1):
+            if refused.id in self._told_refused:
+                continue
+            self._told_refused.add(refused.id)
+            said = one_line(refused.text, BEGINNING_CHARACTERS)
+            await self._terminal.show(
+                [
+                    f"  ! refused ({one_line(refused.reason)}): {refused.what} {said}".rstrip(),
+                    f"    it is kept on this device: /resend {number} or /discard {number}",
+                ]
+            )
 
     def _view(self) -> list[Entry]:
         conversation = self._open
@@ -296,6 +372,7 @@ class Dialogue:
             case None:
                 return
             case Say(text):
+                self._open.draft("")
                 await self._open.ask(text, **self._sampling)
             case Do(name, words):
                 actions: dict[str, Callable[..., Awaitable[None]]] = {
@@ -306,6 +383,12 @@ class Dialogue:
                     "branches": self._branches,
                     "history": self._history,
                     "title": self._title,
+                    "share": self._share,
+                    "archive": self._archive,
+                    "leave": self._leave_it,
+                    "refused": self._refused,
+                    "resend": self._resend,
+                    "discard": self._discard,
                     "list": self._list,
                     "open": self._go_to,
                     "new": self._begin,
@@ -362,10 +445,60 @@ class Dialogue:
 
     async def _history(self) -> None:
         self._scroll.clear()
+        self._told_superseded.clear()
         await self._catch_up(None)
 
     async def _title(self, text: str) -> None:
         await self._open.rename(text)
+
+    async def _share(self, name: str, role: str) -> None:
+        await self._open.share(name, None if role == "nobody" else role)
+        await self._terminal.show([f"-- {one_line(name)} is {role} here --"])
+
+    async def _archive(self, back: str = "") -> None:
+        if back not in {"", "back"}:
+            raise LocalMisuse("write /archive, or /archive back")
+        # The relay keeps it: the prompt does not wait for that.
+        self._spawn(self._archived(self._open, archived=not back))
+
+    async def _archived(self, conversation: OpenConversation, *, archived: bool) -> None:
+        try:
+            await conversation.archive(archived=archived)
+        except CrdtLlmError as error:
+            await self._terminal.show([f"  ! {one_line(str(error))}"])
+            return
+        done = "put away in your list" if archived else "back in your list"
+        await self._terminal.show([f"-- {conversation.id} is {done} --"])
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(work, name="request")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _leave_it(self) -> None:
+        await self._open.leave()
+        await self._terminal.show(
+            ["-- you gave up your right here; what is on this device stays --"]
+        )
+
+    async def _refused(self) -> None:
+        lines = [
+            f"  {number}  {refused.what} ({one_line(refused.reason)}): {one_line(refused.text)}"
+            for number, refused in enumerate(self._open.refused_writes, start=1)
+        ]
+        await self._terminal.show(lines or ["  nothing was refused here"])
+
+    def _refused_number(self, which: str) -> RefusedWrite:
+        refused = self._open.refused_writes
+        if which.isdecimal() and 0 < int(which) <= len(refused):
+            return refused[int(which) - 1]
+        raise LocalMisuse(f"there is no refused message {which}: /refused lists them")
+
+    async def _resend(self, which: str) -> None:
+        await self._open.resend(self._refused_number(which))
+
+    async def _discard(self, which: str) -> None:
+        await self._open.discard(self._refused_number(which))
 
     async def _list(self) -> None:
         await self._terminal.show(self._list_lines() or ["  no conversations are here yet"])

@@ -60,6 +60,9 @@ WINDOW: Final = 64
 RENEW_S: Final = 15.0
 """How often presence is announced anew; relays and Yjs clients forget it after 30 s."""
 
+DROP_DRAFT_S: Final = 1.0
+"""How long after a draft is taken back the node hears of it; saving the message takes less."""
+
 PAUSE_MS: Final = 1000
 """How long to wait before the same is sent again, where the relay does not say."""
 
@@ -172,6 +175,7 @@ class Channel:
         self._pause_until_s = 0.0
         self._renew_at_s = 0.0
         self._draft: tuple[str, str] | None = None
+        self._drop_draft_at_s = float("inf")
         self._draft_sent: tuple[str, str] | None = None
 
     @property
@@ -313,10 +317,19 @@ class Channel:
             return min(self._pause_until_s, self._renew_at_s)
         return self._renew_at_s
 
-    @property
-    def has_draft(self) -> bool:
-        """Whether the node has not heard of the draft as it is."""
-        return self.phase is Phase.LIVE and self._draft != self._draft_sent
+    def draft_due_s(self, now_s: float) -> float:
+        """When the node is to hear of the draft as it is; infinity if it has.
+
+        A draft that is taken back was usually sent as a message, which has to get there first: the
+        node goes on from what it has read ahead.
+        """
+        if self.phase is not Phase.LIVE or self._draft == self._draft_sent:
+            self._drop_draft_at_s = float("inf")
+            return float("inf")
+        if self._draft is not None:
+            return now_s
+        self._drop_draft_at_s = min(self._drop_draft_at_s, now_s + DROP_DRAFT_S)
+        return self._drop_draft_at_s
 
     def take_draft(self) -> Draft:
         """The draft as it is now, as a difference to what was sent of it."""
@@ -359,7 +372,7 @@ class Channel:
                 self._frames.clear()
                 return frame
 
-    def _acknowledged(self, identity: int) -> Settled | None:
+    def _acknowledged(self, identity: int) -> Settled | Rejected | None:
         is_restored = self._restore is not None and identity >= self._restore[0]
         if is_restored:
             self._restore = None

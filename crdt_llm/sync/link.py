@@ -151,7 +151,8 @@ class Link:
             if taken is not None:
                 return self._counted(taken, self._traffic_of[channel.number])
         if now_s >= self._draft_at_s:
-            drafting = next((channel for channel in self._turn if channel.has_draft), None)
+            due = (one for one in self._turn if one.draft_due_s(now_s) <= now_s)
+            drafting = next(due, None)
             if drafting is not None:
                 self._draft_at_s = now_s + DRAFT_EVERY_S
                 traffic = self._traffic_of[drafting.number]
@@ -168,9 +169,8 @@ class Link:
         if self._is_greeting:
             return float("inf")
         due_s = min((channel.due_s(now_s) for channel in self._turn), default=float("inf"))
-        if any(channel.has_draft for channel in self._turn):
-            due_s = min(due_s, self._draft_at_s)
-        return due_s
+        draft_s = min((one.draft_due_s(now_s) for one in self._turn), default=float("inf"))
+        return min(due_s, max(draft_s, self._draft_at_s))
 
     # -- what comes in -------------------------------------------------------------------------
 

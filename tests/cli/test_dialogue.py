@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Self
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest_asyncio
 from cli.scripted_server import Server
@@ -14,13 +15,19 @@ from crdt_llm.cli.chat import Wish, choose
 from crdt_llm.cli.commands import COMMANDS
 from crdt_llm.cli.connection import door_to
 from crdt_llm.cli.dialogue import INTERRUPTED, Dialogue, wrap
+from crdt_llm.document import rules
 from crdt_llm.document.schema import Role
+from crdt_llm.errors import Refused
+from crdt_llm.sync import room
 from crdt_llm.sync.client import Client
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
+    import pytest
+
+    from crdt_llm.document.conversation import Change, Conversation
     from crdt_llm.sync.client import OpenConversation
 
 
@@ -353,6 +360,100 @@ async def test_every_command_of_the_help_is_carried_out(sitting: Sitting) -> Non
         if name != "quit":
             sitting.type(" ".join([f"/{name}", *["x"] * form.least]))
     assert await sitting.leave() == 0
+
+
+async def test_the_first_ctrl_c_stops_the_reply_and_the_second_leaves(sitting: Sitting) -> None:
+    sitting.server.engine.go.clear()
+    conversation = await sitting.sit_down()
+    sitting.type("Hi")
+    await changed(
+        conversation, lambda: len(conversation.view()) == 2 and bool(conversation.view()[1].content)
+    )
+    sitting.press("\x03")
+    await sitting.until("Ctrl-C once more leaves")
+    await sitting.until("(stopped")
+    sitting.press("\x03")
+    assert await sitting.task == INTERRUPTED
+
+
+async def test_a_beginning_of_an_id_is_enough_to_open_it(sitting: Sitting) -> None:
+    first = await sitting.sit_down()
+    sitting.type("Hi")
+    await sitting.until("[2]")
+    sitting.type("/new")
+    await sitting.until("-- conversation")
+    sitting.type(f"/open {first.id[:8]}")
+    await sitting.until(f"-- conversation {first.id}")
+    await sitting.leave()
+
+
+async def test_a_question_that_a_later_one_took_over_is_marked(sitting: Sitting) -> None:
+    conversation = await sitting.sit_down()
+    conversation.pause()
+    sitting.type("One?", "Two?")
+    await sitting.until("[2] you: Two?")
+    assert "[1] gets no reply of its own" in await sitting.until("no reply of its own")
+    await sitting.leave()
+
+
+async def test_what_the_relay_refused_is_told_and_can_be_sent_again_or_dropped(
+    sitting: Sitting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(change: Change, conversation: Conversation, **options: Any) -> None:
+        rules.check(change, conversation, **options)
+        if any(conversation.text(entry) == "Psst" for entry in change.entries):
+            raise Refused("content", "not that")
+
+    monkeypatch.setattr(room, "rules", SimpleNamespace(check=check))
+    conversation = await sitting.sit_down()
+    sitting.type("Psst")
+    assert "(not that): a message Psst" in await sitting.until("! refused")
+    await sitting.until("/resend 1 or /discard 1")
+    assert conversation.view() == ()
+    sitting.type("/refused")
+    await sitting.until("1  a message (not that): Psst")
+    sitting.type("/discard 1", "/refused")
+    await sitting.until("nothing was refused here")
+    sitting.type("Psst")
+    await sitting.until("/resend 1")
+    monkeypatch.undo()
+    sitting.type("/resend 1")
+    await sitting.until("[2] assistant: The first line.")
+    assert [entry.content for entry in conversation.view()] == ["Psst", "The first line."]
+    assert conversation.refused_writes == ()
+    await sitting.leave()
+
+
+async def test_sharing_writes_the_right_down(sitting: Sitting) -> None:
+    conversation = await sitting.sit_down()
+    sitting.type("/share ada writer")
+    await sitting.until("ada is writer here")
+    assert conversation.members() == {"owner": "owner", "ada": "writer"}
+    sitting.type("/share ada nobody")
+    await sitting.until("ada is nobody here")
+    assert conversation.members() == {"owner": "owner"}
+    for line in ("/share ada king", "/leave", "/archive there"):
+        sitting.type(line)
+        await sitting.until("  ! ")
+    await sitting.leave()
+
+
+async def test_the_node_hears_what_is_typed_but_no_commands(
+    sitting: Sitting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = await sitting.sit_down()
+    told: asyncio.Queue[str] = asyncio.Queue()
+    monkeypatch.setattr(conversation, "draft", told.put_nowait)
+    sitting.press("Hi")
+    heard = [await told.get()]
+    while heard[-1] != "Hi":
+        heard.append(await told.get())
+    sitting.press("\x7f\x7f/h")
+    while heard[-1]:
+        heard.append(await told.get())
+    assert not any(text.startswith("/") for text in heard)
+    sitting.press("\x7f\x7f")
+    await sitting.leave()
 
 
 # -- rows ------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from crdt_llm.errors import (
     Refused,
     ReplyFailed,
 )
-from crdt_llm.sync.frames import Update
+from crdt_llm.sync.frames import Answer, Code, Update
 from crdt_llm.sync.local_replica import LocalReplica
 from crdt_llm.sync.traffic import framed_bytes
 from crdt_llm.sync.wire import decode_state_vector
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from crdt_llm.document.conversation import Conversation
     from crdt_llm.sync.client import OpenConversation
+    from crdt_llm.sync.frames import Restore
 
 
 @pytest.fixture
@@ -685,3 +686,159 @@ async def test_one_may_write_before_the_conversation_has_come(relay: Partner) ->
             await early.send("Hello")
             early.resume()
             await until(conversation, lambda: texts(conversation) == ["Hello"])
+
+
+# -- what the relay says to what was written -------------------------------------------------------
+
+
+def refuses(text: str) -> Callable[[Update | Restore], tuple[Code, str, str] | None]:
+    def judge(message: Update | Restore) -> tuple[Code, str, str] | None:
+        offends = text.encode() in message.update
+        return (Code.INVALID, "content", "not that") if offends else None
+
+    return judge
+
+
+async def test_one_sees_what_the_relay_has_not_acknowledged(relay: Partner) -> None:
+    async with client_of(relay) as client:
+        conversation = await client.create()
+        await conversation.synced_once()
+        conversation.pause()
+        entry = await conversation.send("Hello")
+        assert conversation.unacknowledged == {entry}
+        assert not conversation.acknowledged(entry)
+        conversation.resume()
+        await until(conversation, lambda: conversation.acknowledged(entry))
+        assert not conversation.unacknowledged
+
+
+async def test_a_refused_message_is_a_draft_and_the_rest_goes_on(
+    relay: Partner, tmp_path: Path
+) -> None:
+    relay.judge = refuses("bad word")
+    async with client_of(relay, tmp_path) as client:
+        conversation = await client.create()
+        conversation.pause()
+        await conversation.send("one")
+        reply = await conversation.ask("a bad word")
+        await conversation.send("two")
+        waiting = asyncio.create_task(reply.text())
+        conversation.resume()
+        await conversation.synced_once()
+        assert conversation.refused is None
+        assert texts(conversation) == ["one", "two"]
+        (refused,) = conversation.refused_writes
+        assert (refused.text, refused.code, refused.reason) == ("a bad word", "invalid", "not that")
+        with pytest.raises(Refused, match="not that"):
+            await waiting
+        assert [relay.document(conversation.id).text(entry) for entry in conversation.path()] == [
+            "one",
+            "two",
+        ]
+        await conversation.send("three")
+        await conversation.synced_once()
+    relay.judge = lambda _: None
+    async with client_of(relay, tmp_path) as client:
+        again = await client.open(conversation.id)
+        (refused,) = again.refused_writes
+        entry = await again.resend(refused)
+        await again.synced_once()
+        assert texts(again) == ["one", "two", "three", "a bad word", ""]
+        assert entry in relay.document(again.id).tree
+        assert again.refused_writes == ()
+        with pytest.raises(LocalMisuse, match="not here any more"):
+            await again.resend(refused)
+
+
+async def test_not_now_means_the_same_again(relay: Partner) -> None:
+    busy = iter((True, True))
+    answer = (Code.UNAVAILABLE, "", "the disk is full")
+    relay.judge = lambda _: answer if next(busy, False) else None
+    async with client_of(relay) as client:
+        conversation = await client.create()
+        for number in range(3):
+            await conversation.send(str(number))
+        await conversation.synced_once()
+        assert len(relay.document(conversation.id).tree) == 3
+        assert conversation.refused_writes == ()
+        assert relay.connections == 1
+
+
+async def test_a_withdrawn_entry_is_gone_here_and_there(relay: Partner) -> None:
+    async with client_of(relay) as client:
+        conversation = await client.create()
+        entry = await conversation.send("a secret")
+        await conversation.synced_once()
+        await conversation.redact(entry)
+        await conversation.synced_once()
+        assert conversation.entry(entry).redacted
+        assert b"a secret" not in relay.document(conversation.id).diff()
+
+
+# -- the relay, and others -------------------------------------------------------------------------
+
+
+async def test_a_relay_with_another_key_is_not_spoken_to(relay: Partner, tmp_path: Path) -> None:
+    async with client_of(relay, tmp_path) as client:
+        conversation = await client.create()
+        await conversation.synced_once()
+    relay.key = b"m" * 32
+    heard = len(relay.heard[conversation.id])
+    async with client_of(relay, tmp_path) as client:
+        again = await client.open(conversation.id)
+        with pytest.raises(Refused, match=r"another key.*relays\.json") as caught:
+            await again.synced_once()
+        assert caught.value.code == "relay-key"
+        assert len(relay.heard[conversation.id]) == heard
+        await again.send("still here")
+    (tmp_path / "relays.json").unlink()
+    async with client_of(relay, tmp_path) as client:
+        await (await client.open(conversation.id)).synced_once()
+
+
+async def test_who_one_is_the_relay_says(relay: Partner, tmp_path: Path) -> None:
+    relay.principal = "ada"
+    async with client_of(relay, tmp_path) as client:
+        assert client.principal == "owner"
+        await client.list()
+        assert client.principal == "ada"
+    await relay.stop()
+    async with client_of(relay, tmp_path) as client:
+        conversation = await client.create()
+        assert conversation.members() == {"ada": "owner"}
+
+
+async def test_the_list_is_the_relays_and_goes_on(relay: Partner) -> None:
+    one, two = "A" * 22, "B" * 22
+    relay.listed = (
+        (one, {"title": "Old", "role": "owner", "owner": "owner", "changed_at": 1}),
+        (two, {"title": "New", "role": "reader", "owner": "ada", "changed_at": 2}),
+    )
+    async with client_of(relay) as client:
+        listed = await client.list()
+        assert [(line.id, line.title, line.role) for line in listed] == [
+            (two, "New", "reader"),
+            (one, "Old", "owner"),
+        ]
+        watch = client.watch()
+        assert await anext(watch) == listed
+        await relay.list_more((one, None), (two, {"title": "New", "archived": True}))
+        (line,) = await anext(watch)
+        assert (line.id, line.archived) == (two, True)
+
+
+async def test_an_invitation_is_a_link_and_a_right(relay: Partner) -> None:
+    values = {"principal": "guest:1", "token": "a token", "id": "jti"}
+    relay.answers["invite"] = Answer(0, values, "", "")
+    async with client_of(relay) as client:
+        conversation = await client.create()
+        invitation = await conversation.invite("reader", expires_at=5)
+        assert invitation.link.endswith(f"/#c={conversation.id}&token=a+token")
+        assert conversation.members()["guest:1"] == "reader"
+        assert relay.requests[0].arguments["expires_at"] == 5
+        with pytest.raises(LocalMisuse):
+            await conversation.invite("owner")
+        with pytest.raises(Refused, match="no such thing"):
+            await conversation.archive()
+        with pytest.raises(LocalMisuse, match="archive"):
+            await conversation.leave()

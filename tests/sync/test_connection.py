@@ -450,8 +450,11 @@ async def test_a_draft_is_told_in_differences_ten_times_a_second_at_most() -> No
     await asyncio.sleep(1)
     assert it.line.of(Draft) == [Draft(it.line.of(Open)[0].channel, "", 0, text)]
     it.uplink.draft("", "")
-    await asyncio.sleep(1)
+    await it.write("the message itself")
+    await asyncio.sleep(2)
     assert it.line.of(Draft)[-1].after is None
+    said = [message for message in it.line.heard if isinstance(message, Update | Draft)]
+    assert isinstance(said[-2], Update)  # what was typed is there before the draft is dropped
     await it.end()
 
 
