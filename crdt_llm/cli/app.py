@@ -296,6 +296,9 @@ def chat(
     seed: Annotated[
         int | None, typer.Option(min=0, help="The same seed, the same reply.", show_default=False)
     ] = None,
+    no_drafts: Annotated[
+        bool, typer.Option("--no-drafts", help="Do not let the node read what is being typed.")
+    ] = False,
     json: _Json = False,
     verbose: _Verbose = False,
 ) -> None:
@@ -316,6 +319,7 @@ def chat(
         temperature=temperature,
         seed=seed,
         json=json,
+        drafts=not no_drafts,
     )
     folder = DataFolder.named(data)
     _exit(run_chat(wish, folder=folder, device=device, url=url, token_file=token_file, list_=list_))
