@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from filelock import FileLock, Timeout
 
-from crdt_llm.cli.embedded_node import now_ms
+from crdt_llm.cli.embedded_node import DIGESTS, now_ms
 from crdt_llm.cli.folders import default_data_folder, read_token
 from crdt_llm.document.keys import SigningKey, load_or_create_secret, read_or_make
 from crdt_llm.document.seal import Sealer
 from crdt_llm.errors import Corrupt, DataFolderBusy, Refused
+from crdt_llm.inference.digests import Digests
 from crdt_llm.inference.models import resolve
 from crdt_llm.inference.node import Node
 from crdt_llm.inference.process import EngineProcess
@@ -347,6 +348,7 @@ async def _run(
         sys.stdout.flush()
 
     node = make_node(link, secrets, model_dir, start_engine)
+    node.digests = Digests(folder.path / "kv" / DIGESTS)
     await serve_node(link, looks, node, stopping=stopping, ready=ready)
 
 

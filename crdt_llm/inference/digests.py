@@ -28,6 +28,7 @@ BORDERS_MAX: Final = 1 << 17
 """Lines of one file: more than a conversation may have entries. The rest is not recorded."""
 
 _FIELDS: Final = 4
+_FORGOTTEN: Final = ".forgotten"
 
 
 @runtime_checkable
@@ -104,6 +105,21 @@ class Digests:
         for border, kv in kept.items():
             if border not in gone:
                 self.note(conversation, border, bytes.fromhex(kv))
+
+    def forgotten(self, conversation: str) -> frozenset[str]:
+        """The withdrawn entries that engines were told to forget, on disk too."""
+        file = self._folder / f"{conversation}{_FORGOTTEN}"
+        return (
+            frozenset(file.read_text(encoding="ascii").split()) if file.is_file() else frozenset()
+        )
+
+    def note_forgotten(self, conversation: str, entries: Collection[str]) -> None:
+        """Record that engines were told to forget entries, so that they are told once."""
+        fresh = [entry for entry in entries if entry not in self.forgotten(conversation)]
+        if fresh:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with (self._folder / f"{conversation}{_FORGOTTEN}").open("a", encoding="ascii") as file:
+                file.writelines(f"{entry}\n" for entry in fresh)
 
     async def record(
         self,

@@ -15,6 +15,7 @@ from crdt_llm.inference.evaluate import (
     Forget,
     Mark,
     Nothing,
+    ReadDraft,
     Request,
     Resume,
     Situation,
@@ -116,6 +117,21 @@ def test_i6_a_slot_waits_for_an_engine_and_what_is_before_it_does_not() -> None:
     admitted = tree(Facts(A, 1, parent="", epoch=1), Facts(B, 2, slot=True, after=A))
     assert evaluate(Situation(admitted, capacity=0)) == Nothing()
     assert evaluate(Situation(admitted)) == Admit(A, (), B)
+
+
+def test_i6_a_slot_whose_prompt_is_made_shorter_waits_and_what_is_before_it_does_not() -> None:
+    facts = tree(Facts(A, 1), Facts(B, 2, slot=True, after=A))
+    assert evaluate(Situation(facts, preparing=frozenset({B}))) == Admit("", (A,))
+
+
+def test_i9_a_draft_is_read_when_nothing_else_is_to_do() -> None:
+    facts = tree(Facts(A, 1, parent="", epoch=1))
+    assert evaluate(Situation(facts, draft=True)) == ReadDraft()
+    assert evaluate(Situation(facts, draft=True, leased=False)) == ReadDraft()
+    assert evaluate(Situation(facts, draft=True, cold=A)) == Warm(A)
+    assert evaluate(Situation(facts, draft=True, dropped=True)) == Forget()
+    pending = tree(Facts(A, 1, parent="", epoch=1), Facts(B, 2, after=A))
+    assert evaluate(Situation(pending, draft=True, dropped=True)) == Admit(A, (B,))
 
 
 def test_a_long_offline_merge_is_admitted_in_pieces() -> None:

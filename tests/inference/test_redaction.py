@@ -195,6 +195,32 @@ async def test_no_digest_of_what_was_withdrawn_stays_on_the_disk(
         assert first.id in {border.entry for border in after}
 
 
+async def test_what_was_withdrawn_while_no_node_ran_is_forgotten_by_the_next_one(
+    tiny_model_dir: Path, engine: EngineProcess, tmp_path: Path
+) -> None:
+    """The engine stands for the files that one leaves behind: it has what the last node read."""
+    room = LocalRoom(8)
+    async with running(room, tiny_model_dir, engine) as node:
+        await room.ended(room.ask("hello", **GREEDY))
+        reply = await room.ended(room.ask(WITHDRAWN, **GREEDY))
+        await settled(room, node)
+        path = prompt_of(room, node, reply.id)
+    assert reply.place is not None
+    redact(room, reply.place.parent)
+    before = room.replica.tree.path(reply.id)[1]
+    async with running(room, tiny_model_dir, engine) as node:
+        node.digests = Digests(tmp_path)
+        node.notice(room.id)
+        await settled(room, node)
+        kept = len(prompt_of(room, node, before))
+        assert node.digests.forgotten(room.id) == {reply.place.parent}
+        marked = prompt_of(room, node, reply.id)
+        shared = next(n for n in range(len(path)) if path[n] != marked[n])
+        assert kept <= shared < len(path)
+        assert await resident(engine, path) <= shared
+        await engine.forget(path, kept)
+
+
 async def test_a_short_secret_cannot_be_guessed_from_what_is_left(
     tiny_model_dir: Path, engine: EngineProcess
 ) -> None:
