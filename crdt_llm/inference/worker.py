@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 from crdt_llm.errors import CrdtLlmError, MalformedMessage, ModelUnusable
 from crdt_llm.inference import pipe
+from crdt_llm.inference.team import Team
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -163,6 +164,9 @@ def _take(command: pipe.Command, engine: TorchEngine, reports: _Reports) -> None
 
 def _run(engine: TorchEngine, commands: queue.Queue[_Input], reports: _Reports) -> NoReturn:
     """Take every waiting command, then do one step; without work, write KV to disk, then wait."""
+    import torch  # noqa: PLC0415 - it was loaded with the engine
+
+    team = Team(torch.get_num_threads())
     while True:
         command = _next(commands, idle_s=0) if engine.busy else _wait(commands, engine)
         while command is not None:
@@ -172,7 +176,18 @@ def _run(engine: TorchEngine, commands: queue.Queue[_Input], reports: _Reports) 
                 _leave(EXIT_INPUT_CLOSED)
             _take(command, engine, reports)
             command = _next(commands, idle_s=0)
-        engine.step(reports.event)
+        _step(engine, team, reports)
+
+
+def _step(engine: TorchEngine, team: Team, reports: _Reports) -> None:
+    """One step, by as many threads as are of use now."""
+    import torch  # noqa: PLC0415 - it was loaded with the engine
+
+    if torch.get_num_threads() != team.threads:
+        torch.set_num_threads(team.threads)
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    engine.step(reports.event)
+    team.note(time.perf_counter() - wall_s, time.process_time() - cpu_s)
 
 
 def _wait(commands: queue.Queue[_Input], engine: TorchEngine) -> _Input:
