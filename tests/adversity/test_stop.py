@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from crdt_llm import Client
 from crdt_llm.cli.embedded_node import make_node
 from crdt_llm.cli.folders import DataFolder
 from crdt_llm.document.conversation import Conversation
+from crdt_llm.document.keys import SigningKey
 from crdt_llm.document.schema import State
 from crdt_llm.inference import pipe, process
 from crdt_llm.inference.engine import Sampled
@@ -28,6 +30,7 @@ from crdt_llm.inference.process import EngineProcess
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.sync.access import TokenAccess
 from crdt_llm.sync.hub import Hub
+from crdt_llm.sync.leases import LeaseOffice
 from crdt_llm.sync.native_peer import RelayIdentity
 from crdt_llm.sync.relay import Relay
 
@@ -65,7 +68,8 @@ async def serving(
     folder.path.mkdir()
     async with await SqliteLog.open(folder.log) as log:
         hub = Hub(log)
-        node = make_node(folder, hub, model_dir)
+        office = LeaseOffice(hub.grant_epoch, SigningKey(bytes(32)).sign, clock=time.monotonic)
+        node = make_node(folder, hub, model_dir, office)
 
         async def start_engine() -> EngineProcess:
             return engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,11 @@ from sync.test_npm_peers import node_peer
 
 from crdt_llm.cli.embedded_node import make_node
 from crdt_llm.cli.folders import DataFolder
+from crdt_llm.document.keys import SigningKey
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.sync.access import TokenAccess
 from crdt_llm.sync.hub import Hub
+from crdt_llm.sync.leases import LeaseOffice
 from crdt_llm.sync.relay import Relay
 from crdt_llm.sync.wire import decode_state_vector
 
@@ -35,7 +38,9 @@ async def test_a_reply_streams_into_stock_clients_and_they_end_equal(
         relay = Relay(hub, authenticate=TokenAccess(TOKEN).authenticate)
         stack.push_async_callback(relay.stop)
         await relay.start()
-        node = make_node(DataFolder(tmp_path), hub, tiny_model_dir)
+        relay_key = SigningKey(bytes(32))
+        office = LeaseOffice(hub.grant_epoch, relay_key.sign, clock=time.monotonic)
+        node = make_node(DataFolder(tmp_path), hub, tiny_model_dir, office)
         stack.push_async_callback(node.close)
         await node.start()
         hub.subscribe(node.notice)
