@@ -254,7 +254,7 @@ export class Device {
   }
 
   async begin(): Promise<string> {
-    await this.page.getByRole('button', { name: 'New conversation' }).click()
+    await this.page.getByRole('button', { name: 'New conversation', exact: true }).click()
     await this.composer.waitFor()
     return this.conversation
   }
