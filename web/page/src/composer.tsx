@@ -67,7 +67,9 @@ export function Composer({
   const send = async (): Promise<void> => {
     const said = text.trim()
     if (said === '') return
-    const untitled = live.meta.value.title === '' && live.path.value.length === 0
+    // One that is still on its way has no title here, and may well have one elsewhere.
+    const { title, owner } = live.meta.value
+    const untitled = owner !== null && title === '' && live.path.value.length === 0
     change('')
     const done = await attempt('Not sent', () => live.on.ask(said))
     if (!done) {
