@@ -27,6 +27,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from crdt_llm.errors import LocalMisuse, MalformedMessage, TooLarge
+from crdt_llm.sync.drafts import common
 from crdt_llm.sync.frames import (
     DRAFT_BYTES_MAX,
     Ack,
@@ -339,7 +340,7 @@ class Channel:
         after, text = self._draft
         same_place = before is not None and before[0] == after
         now = text.encode()
-        keep = _common(before[1].encode(), now) if before is not None and same_place else 0
+        keep = common(before[1].encode(), now) if before is not None and same_place else 0
         return Draft(self.number, after, keep, now[keep:].decode())
 
     # -- what comes in -------------------------------------------------------------------------
@@ -441,16 +442,3 @@ def _check_size(update: bytes) -> None:
             f"the relay lacks {len(update)} bytes of this conversation, over the limit of"
             f" {UPDATE_BYTES_MAX}",
         )
-
-
-def _common(one: bytes, other: bytes) -> int:
-    """How many bytes of UTF-8 two texts begin with in common, in whole characters."""
-    end = 0
-    for mine, theirs in zip(one, other, strict=False):
-        if mine != theirs:
-            break
-        end += 1
-    shortest = other if len(other) > end else one
-    while 0 < end < len(shortest) and shortest[end] & 0xC0 == 0x80:  # noqa: PLR2004 - in a character
-        end -= 1
-    return end

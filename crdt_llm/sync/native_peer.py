@@ -36,6 +36,7 @@ from crdt_llm.sync.room import Peer, Submission
 from crdt_llm.sync.verdict import (
     CLOSE_REASON_BYTES_MAX,
     CloseCode,
+    Lacking,
     close_code,
     one_line,
     reason_of,
@@ -253,13 +254,11 @@ class NativeConnection:
         """A channel's room let it in."""
         self._follow_all(self._session.opened(opened))
 
-    def settle(self, submit: Submit, verdict: Verdict, room: Room) -> None:
+    def settle(self, submit: Submit, verdict: Verdict, lsn: int, state_vector: bytes) -> None:
         """A channel's room has judged an update."""
         if self._metrics is not None:
             self._metrics.judged("native", verdict)
-        self._follow_all(
-            self._session.settle(submit, verdict, lsn=room.lsn, state_vector=room.state_vector())
-        )
+        self._follow_all(self._session.settle(submit, verdict, lsn=lsn, state_vector=state_vector))
 
     def change(self, channel: ChannelPeer, change: Change) -> None:
         """Others wrote in a channel's conversation."""
@@ -697,7 +696,7 @@ class ChannelPeer(Peer):
                 self._connection.log,
                 room.lsn,
                 room.diff(wish.state_vector) if follows is None else follows,
-                self._has,
+                room.state_vector(self.author),
                 grant,
                 behind=bool(room.behind),
             )
@@ -706,7 +705,9 @@ class ChannelPeer(Peer):
 
     def settle(self, submission: Submission, verdict: Verdict, room: Room) -> None:
         """See :class:`~crdt_llm.sync.room.Peer`."""
-        self._connection.settle(submission.tag, verdict, room)
+        asked = isinstance(verdict, Lacking)  # of all verdicts only this one says what is here
+        state_vector = room.state_vector(self.author) if asked else EMPTY_STATE_VECTOR
+        self._connection.settle(submission.tag, verdict, room.lsn, state_vector)
 
     def deliver(self, delivery: Delivery) -> None:
         """See :class:`~crdt_llm.sync.room.Peer`."""

@@ -10,6 +10,7 @@ import pytest
 from pycrdt import Array, Doc, Map
 from sync.device import BIRTH, CONVERSATION, Device
 from sync.leased_node import LeasedNode, ask
+from sync.native import PASSES, Native, open_frame
 from sync.rooms import RELAY_KEY, Place, born, turns
 
 from crdt_llm.document.chain import lease_message, verify_path
@@ -20,8 +21,10 @@ from crdt_llm.document.seal import place_of
 from crdt_llm.errors import Behind, Forbidden, Gap, Refused
 from crdt_llm.store.memory import MemoryDisk
 from crdt_llm.sync import ledger
+from crdt_llm.sync.access import Pass
+from crdt_llm.sync.frames import Ack, Opened, Restore
 from crdt_llm.sync.peer import RemotePeer
-from crdt_llm.sync.wire import SyncStep1, SyncStep2, decode, encode
+from crdt_llm.sync.wire import SyncStep1, SyncStep2, decode, decode_state_vector, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -449,6 +452,39 @@ async def test_anothers_pending_entry_waits_for_its_author() -> None:
     node = LeasedNode(await world.place.join("node", node=True), seed=4)
     await node.take_lease(world.place)
     await node.admit(pending)
+
+
+async def test_a_native_client_confirms_what_somebody_else_brought_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(PASSES, "will", Pass("will"))
+    world = await a_world()
+    await world.node.finish(world.streaming)
+    will = await world.place.join("will")
+    his = Device(Random(21), "will")
+    his.merge(will.membership.state)
+    await will.membership.submit(his.say("from will"))
+    document, clients = world.document(), {his.replica.client_id}
+    world.lose_log()
+    await restored(world, document)
+    assert set(world.place.rows[CONVERSATION].unconfirmed.values()) == {"will"}
+    native = Native(world.place, "will")
+    await native.greet()
+    known = his.replica.state_vector()
+    await native.send(open_frame(log="the lost log", lsn=9, state_vector=known))
+    await turns(50)
+    native.down()
+    vector = native.of(Opened)[0].state_vector
+    clocks = decode_state_vector(known)
+    lacks = {
+        one for one, clock in clocks.items() if decode_state_vector(vector).get(one, 0) < clock
+    }
+    assert lacks == clients
+    await native.send(Restore(1, 1, his.replica.diff(vector)))
+    await turns(50)
+    native.down()
+    assert native.of(Ack)
+    assert dict(world.place.rows[CONVERSATION].unconfirmed) == {}
 
 
 async def test_a_pending_entry_that_somebody_made_up_is_never_confirmed() -> None:
