@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shutil
 import signal
 import sys
 import tempfile
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,17 +68,33 @@ class Server:
         self.url = line.split()[1]
         self.port = int(self.url.rstrip("/").rsplit(":", 1)[1])
 
+    @property
+    def token(self) -> str:
+        """The owner's token, which the first start made."""
+        return (self.data / "owner.token").read_text().strip()
+
     async def end(self, how: signal.Signals) -> None:
         """Send it a signal and wait until it is gone."""
         if self.process is not None and self.process.returncode is None:
             self.process.send_signal(how)
             await self.process.wait()
 
+    def lose_log(self) -> None:
+        """Lose every conversation and all KV; the register and the keys stay."""
+        for file in self.data.glob("log.db*"):
+            file.unlink()
+        shutil.rmtree(self.data / "kv", ignore_errors=True)
+
 
 def _output(process: asyncio.subprocess.Process) -> asyncio.StreamReader:
     if process.stdout is None:
         raise RuntimeError("the server was started without a pipe for its output")
     return process.stdout
+
+
+def entries_of(conversation: OpenConversation) -> dict[str, Entry]:
+    """All that a device has of a conversation's entries."""
+    return {name: conversation.entry(name) for name in conversation.document.tree.entries}
 
 
 def _cost(reply: Entry) -> Usage:
@@ -176,6 +194,10 @@ class Demo:
                 feed = conversation.changes()
                 while not holds(conversation):
                     await conversation.next_of(feed, lambda _: True)
+
+    async def half_said(self, slot: str) -> None:
+        """Wait until a good part of a reply has come to both devices."""
+        await self.everywhere(lambda c: len(c.document.text(slot)) > KILL_CHARACTERS)
 
     async def turn(self, device: str, text: str, what: str, **sampling: Any) -> Entry:
         """Ask on one device; see the same reply on the other."""
@@ -302,7 +324,7 @@ class Demo:
             "phone", "Write about the river.", f"undisturbed, {name}", **sampling
         )
         again = await phone.regenerate(whole.id, **sampling)
-        await self.everywhere(lambda c: len(c.document.text(again.id)) > KILL_CHARACTERS)
+        await self.half_said(again.id)
         await self.server.end(signal.SIGKILL)
         cut, sent = phone.entry(again.id), self.sent("phone")
         self.report.claim(
@@ -328,6 +350,80 @@ class Demo:
         self.report.claim(
             f"SIGKILL, {name}: the phone resent nothing ({sent} bytes to be in sync again)",
             holds=sent <= min(RECONNECT_BYTES_MAX, history),
+        )
+
+    async def lose(self) -> None:
+        """SIGKILL in mid-reply, and the log is lost: the first device that comes has everything."""
+        phone, laptop = self.at["phone"], self.at["laptop"]
+        sampling: dict[str, Any] = {"max_tokens": KILL_TOKENS, "temperature": 0.7}
+        sampling |= {"seed": 11, "ignore_eos": True}
+        whole = await self.turn("laptop", "Write about the sea.", "undisturbed", **sampling)
+        again = await phone.regenerate(whole.id, **sampling)
+        await self.half_said(again.id)
+        await self.server.end(signal.SIGKILL)
+        laptop.pause()  # the phone is the first, and for a while the only one
+        self.server.lose_log()
+        cut, before = phone.entry(again.id), entries_of(phone)
+        had = self.sampled_ids(cut)
+        shown = [cut.content]  # each step of the text, from what was there on
+
+        async def look_on() -> None:
+            feed = phone.changes()
+            while not phone.reply(again.id).ended:
+                await phone.next_of(feed, lambda _: True)
+                shown.append(phone.document.text(again.id))
+
+        looking = asyncio.create_task(look_on())
+        resent = self.sent("phone")
+        await self.server.start()
+        entry = await self.finish(again)
+        await looking
+        await phone.synced_once()
+        resent = self.sent("phone") - resent
+        self.report.claim(
+            f"log lost: the reply was cut after {len(had)} tokens, and is said to be on its way",
+            holds=cut.state is State.STREAMING and 0 < len(had) < KILL_TOKENS,
+        )
+        self.account("killed, log lost", "phone", resent, entry, _cost(entry).prefilled)
+        await self.check_restored(again.id, before)
+        expected, got = self.sampled_ids(whole), self.sampled_ids(entry)
+        self.report.claim(
+            "log lost: the reply went on at its next token, behind what the phone had of it",
+            holds=got[: len(had)] == had
+            and all(after.startswith(text) for text, after in pairwise(shown)),
+        )
+        self.report.claim(
+            f"log lost: it ended with {len(got)} tokens, each as without the loss",
+            holds=got == expected and entry.content == whole.content and len(got) == KILL_TOKENS,
+        )
+        resent = self.sent("laptop")
+        laptop.resume()
+        await laptop.synced_once()
+        await self.everywhere(lambda c: c.reply(again.id).ended)
+        resent = self.sent("laptop") - resent
+        self.report.claim(
+            f"log lost: the laptop, which comes later, resends nothing ({resent} bytes)",
+            holds=0 < resent <= RECONNECT_BYTES_MAX,
+        )
+
+    async def check_restored(self, cut: str, before: dict[str, Entry]) -> None:
+        """What a device that has never been here gets from the relay after the loss."""
+        async with Client(
+            self.server.url, token=self.server.token, device="a new tablet"
+        ) as client:
+            tablet = await client.open(self.at["phone"].id)
+            await tablet.synced_once()
+            after = entries_of(tablet)
+        whole = {name: entry for name, entry in before.items() if name != cut}
+        self.report.claim(
+            f"log lost: the phone brought all {len(before)} entries back, to the last field",
+            holds={name: after.get(name) for name in whole} == whole and cut in after,
+        )
+        replies = [entry for entry in whole.values() if entry.sealed]
+        opened = [self.sampled_ids(after[one.id]) == self.sampled_ids(one) for one in replies]
+        self.report.claim(
+            f"log lost: the exact ids of {len(replies)} ended replies came with it, sealed",
+            holds=bool(opened) and all(opened),
         )
 
     def sent(self, device: str) -> int:
@@ -367,10 +463,9 @@ async def play(folder: Path, model: str) -> Report:
     async with AsyncExitStack() as stack:
         stack.push_async_callback(server.end, signal.SIGTERM)
         await server.start()
-        token = (server.data / "owner.token").read_text().strip()
         clients = [
             await stack.enter_async_context(
-                Client(server.url, token=token, data=folder / device, device=device)
+                Client(server.url, token=server.token, data=folder / device, device=device)
             )
             for device in ("phone", "laptop")
         ]
@@ -383,6 +478,7 @@ async def play(folder: Path, model: str) -> Report:
         await demo.branches()
         await demo.kill(0.0)
         await demo.kill(0.7)
+        await demo.lose()
         await demo.turn("laptop", "Thank you. Goodbye.", "a last turn", max_tokens=16)
         await demo.check_all()
     return report
@@ -409,8 +505,6 @@ def main() -> int:
     if options.keep:
         print(f"data: {folder}")
     else:
-        import shutil  # noqa: PLC0415 - only here
-
         shutil.rmtree(folder)
     return 1 if failed else 0
 
