@@ -58,7 +58,7 @@ class LeaseHolder(Protocol):
 
     @property
     def node(self) -> bytes:
-        """The node's Ed25519 public key, which the connection has proved or was trusted with."""
+        """The node's Ed25519 public key; it stays the same as long as the holder is there."""
         ...
 
     @property

@@ -9,18 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, assert_never
 
-from crdt_llm.document.conversation import EMPTY_STATE_VECTOR
-from crdt_llm.document.rules import Author
-from crdt_llm.document.schema import Grant
-from crdt_llm.errors import AuthenticationFailed, CrdtLlmError, Forbidden, MalformedMessage
+from crdt_llm.errors import AuthenticationFailed, CrdtLlmError, Forbidden
 from crdt_llm.sync import frames
-from crdt_llm.sync.drafts import DRAFT_INTERVAL_S, DRAFTS_PER_CONNECTION_MAX, NOTHING
-from crdt_llm.sync.frames import Change, Draft, Presence, Pull, Renew, Request, WantLease, Watch
+from crdt_llm.sync.channel_peer import ChannelPeer, Standing
+from crdt_llm.sync.drafts import Typist
+from crdt_llm.sync.frames import Draft, Presence, Pull, Renew, Request, WantLease, Watch
 from crdt_llm.sync.frames import encode as encode_frame
+from crdt_llm.sync.native_node import RemoteNode
 from crdt_llm.sync.native_session import (
     LEFT,
     Close,
@@ -32,17 +30,14 @@ from crdt_llm.sync.native_session import (
     Submit,
 )
 from crdt_llm.sync.outbox import WAITING_BYTES_MAX, Lanes
-from crdt_llm.sync.room import Peer, Submission
 from crdt_llm.sync.verdict import (
     CLOSE_REASON_BYTES_MAX,
     CloseCode,
-    Lacking,
     close_code,
     one_line,
     reason_of,
     shorten,
 )
-from crdt_llm.sync.wire import UPDATE_BYTES_MAX
 from crdt_llm.sync.work import WorkList
 
 if TYPE_CHECKING:
@@ -50,14 +45,13 @@ if TYPE_CHECKING:
 
     from crdt_llm.sync.access import Pass
     from crdt_llm.sync.conversation_list import ConversationLists, Lines
-    from crdt_llm.sync.drafts import Drafts, Said
-    from crdt_llm.sync.frames import Open
+    from crdt_llm.sync.drafts import Drafts
+    from crdt_llm.sync.frames import Change, Open
     from crdt_llm.sync.hub import Hub
-    from crdt_llm.sync.leases import Granted, LeaseOffice
+    from crdt_llm.sync.leases import LeaseOffice
     from crdt_llm.sync.metrics import Metrics
     from crdt_llm.sync.native_session import Event
     from crdt_llm.sync.requests import Requests
-    from crdt_llm.sync.room import Delivery, Room
     from crdt_llm.sync.verdict import Verdict
     from crdt_llm.sync.wire import AwarenessState
 
@@ -68,13 +62,6 @@ ENTERING_MAX: Final = 4
 
 _ANSWERS_WAIT_FOR_BYTES: Final = WAITING_BYTES_MAX // 2
 """What is owed to a slow reader is made once so little waits: it may be a whole document."""
-
-
-NODE: Final = "node"
-"""Who a node is in a conversation, whatever its token calls it: its lease's key says which one."""
-
-NO_LEASES_RETRY_MS: Final = 60_000
-"""When a node may ask again a relay that gives no leases: after its next restart it may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +77,12 @@ class RelayIdentity:
     log: str
 
 
-@dataclass(slots=True)
-class _Draft:
-    """What a client types in one channel."""
-
-    source: int
-    conversation: str
-    says: Said = NOTHING
-
-
 def _other_conversations() -> Forbidden:
     return Forbidden("forbidden", "this token is for other conversations")
 
 
-def _ms(seconds: float) -> int:
-    return max(0, round(seconds * 1000))
+def _later(seconds: float, call: Callable[[], None]) -> asyncio.TimerHandle:
+    return asyncio.get_running_loop().call_later(seconds, call)
 
 
 def _presence_frame(channel: int, states: tuple[AwarenessState, ...]) -> bytes:
@@ -145,8 +123,6 @@ class NativeConnection:
     ) -> None:
         self.close_code: CloseCode | None = None
         self.close_reason = ""
-        self.found: Pass | None = None
-        self.node_key: bytes | None = None
         self._hub = hub
         self._identity = identity
         self._admit = admit
@@ -166,19 +142,17 @@ class NativeConnection:
         self._requests = requests
         self._stop_watching: Callable[[], None] | None = None
         self._leases = leases
-        self._leasing: dict[str, ChannelPeer] = {}  # conversation -> who asked for its lease last
-        self._drafts: dict[int, _Draft] = {}  # by channel
-        self._drafts_waiting: dict[int, None] = {}
-        self._drafts_pause: asyncio.TimerHandle | None = None
-        self._work: WorkList | None = None
+        self._standing: Standing | None = None  # all that depends on the token
+        self._node: RemoteNode | None = None
+        self._typist = Typist(hub.drafts, self._may_write, _later)
         self._clock = clock
 
     # -- for whoever holds the socket ----------------------------------------------------------
 
     @property
-    def is_authenticated(self) -> bool:
-        """Whether it is known who this is."""
-        return self.found is not None
+    def node_key(self) -> bytes | None:
+        """The public key of the node at the other end; ``None`` if there is none."""
+        return None if self._node is None else self._node.node
 
     async def receive(self, frame: bytes) -> None:
         """Take one frame; waits while too much waits for the reader, or for a verdict."""
@@ -196,9 +170,9 @@ class NativeConnection:
     def take(self) -> bytes | None:
         """The next frame to send, or ``None`` while there is none."""
         frame = self._outbox.take()
-        if frame is None and self._work is not None:
-            conversations = self._work.take()
-            frame = encode_frame(frames.Work(conversations)) if conversations else None
+        if frame is None and self._node is not None:
+            work = self._node.take_work()
+            frame = None if work is None else encode_frame(work)
         if self._outbox.has_room:
             self._has_room.set()
         self._serve_owed()
@@ -206,7 +180,7 @@ class NativeConnection:
 
     def tick(self) -> None:
         """Say what waited for its time; call it every second or so."""
-        if self._work is not None and self._work.tick():
+        if self._node is not None and self._node.tick():
             self._wake()
 
     def refuse(self, error: CrdtLlmError) -> None:
@@ -219,16 +193,10 @@ class NativeConnection:
         if self._stop_watching is not None:
             self._stop_watching()
             self._stop_watching = None
-        if self._work is not None:
-            self._work.stop()
-            self._work = None
-        if self._leases is not None and self.node_key is not None:
-            self._leases.lost(self)
-        self._leasing.clear()
-        for number in tuple(self._drafts):
-            self._drop_draft(number)
-        if self._drafts_pause is not None:
-            self._drafts_pause.cancel()
+        if self._node is not None:
+            self._node.leave()
+            self._node = None
+        self._typist.stop()
         for task in self._entering.values():
             task.cancel()
         channels, self._channels = tuple(self._channels.values()), {}
@@ -325,13 +293,13 @@ class NativeConnection:
                 self._channels[number].pull(state_vector)
             case Presence(number, states):
                 self._channels[number].say(states)
-            case Draft():
-                self._draft(event)
+            case Draft(number, after, keep, text):
+                conversation = self._channels[number].conversation
+                self._typist.type(number, conversation, after, keep, text)
             case WantLease(number, hold):
-                self._want_lease(self._channels[number], hold=hold)
+                self._certain_node.want(self._channels[number], hold=hold)
             case Renew():
-                ttl_s = 0.0 if self._leases is None else self._leases.renew(self)
-                self._send(frames.Renewed(_ms(ttl_s)))
+                self._certain_node.renew()
             case Watch(on):
                 self._watch(on=on)
             case Close(code, reason):
@@ -340,6 +308,22 @@ class NativeConnection:
                 raise AssertionError("these are carried out where waiting is possible")
             case _:
                 assert_never(event)
+        self._wake()
+
+    @property
+    def _certain_node(self) -> RemoteNode:
+        if self._node is None:
+            raise AssertionError("the session lets only nodes ask for leases")
+        return self._node
+
+    @property
+    def _certain_standing(self) -> Standing:
+        if self._standing is None:
+            raise AssertionError("the session lets nobody do this before it is known who that is")
+        return self._standing
+
+    def _tell(self, frame: frames.FromRelay) -> None:
+        self._send(frame)
         self._wake()
 
     def _send(self, frame: frames.FromRelay) -> None:
@@ -376,6 +360,10 @@ class NativeConnection:
         if hello.node is not None and not found.node:
             self.refuse(AuthenticationFailed("not-a-node", "that token is no node's"))
             return
+        if self._standing is not None and hello.node != self._standing.node:
+            other = "a connection stays that of one node, or of none"
+            self.refuse(AuthenticationFailed("another-node", other))
+            return
         welcome = frames.Welcome(
             frames.VERSION,
             found.principal,
@@ -385,26 +373,28 @@ class NativeConnection:
         )
         self._follow_all(self._session.accept(welcome, node=hello.node is not None))
         if self.close_code is None:
-            for channel in tuple(self._channels.values()):
-                self._bound_anew(channel, found)
-            is_new_node = hello.node is not None and self.node_key is None
-            self.found, self.node_key = found, hello.node
-            if is_new_node:
-                self._work = WorkList(self._hub, self._clock, self._is_of_use, self._wake)
+            self._stand(Standing(found, hello.node))
 
-    def _bound_anew(self, channel: ChannelPeer, found: Pass) -> None:
-        """A renewed token may allow less than the one before, or more."""
-        if found.may_enter(channel.conversation):
-            channel.author = replace(channel.author, cap=found.cap(channel.conversation))
-        else:
-            channel.leave()
-            self.end(channel, _other_conversations())
+    def _stand(self, standing: Standing) -> None:
+        """From now on this counts, and nothing of what a token proved before."""
+        self._standing = standing
+        if standing.node is not None and self._node is None:
+            work = WorkList(self._hub, self._clock, self._is_of_use, self._wake)
+            self._node = RemoteNode(standing.node, self._leases, work, self._tell)
+        for channel in tuple(self._channels.values()):
+            if standing.found.may_enter(channel.conversation):
+                channel.stand(standing)
+            else:
+                channel.leave()
+                self.end(channel, _other_conversations())
+        self._typist.look_again()
+        if self._stop_watching is not None:
+            self._watch(on=True)
 
     def _enter(self, wish: Open) -> None:
-        if self.found is None:
-            raise AssertionError("nobody enters a room before it is known who that is")
-        channel = self._channels[wish.channel] = ChannelPeer(self, wish, self.found)
-        if not self.found.may_enter(wish.conversation):
+        standing = self._certain_standing
+        channel = self._channels[wish.channel] = ChannelPeer(self, wish, standing)
+        if not standing.found.may_enter(wish.conversation):
             self.end(channel, _other_conversations())
             return
         entering = self._enter_when_possible(channel, wish.conversation)
@@ -426,7 +416,7 @@ class NativeConnection:
     def _is_of_use(self, conversation: str) -> bool:
         """Whether a node may want to hear that a conversation changed."""
         takes_part = any(one.conversation == conversation for one in self._channels.values())
-        return not takes_part and self.found is not None and self.found.may_enter(conversation)
+        return not takes_part and self._certain_standing.found.may_enter(conversation)
 
     # -- the list ------------------------------------------------------------------------------
 
@@ -434,12 +424,12 @@ class NativeConnection:
         if self._stop_watching is not None:
             self._stop_watching()
             self._stop_watching = None
-        if not on or self.found is None:
+        if not on:
             return
         if self._lists is None:
             self._send(frames.Listed(whole=True, end=True, conversations=()))
         else:
-            self._stop_watching = self._lists.watch(self.found, self._tell_lines)
+            self._stop_watching = self._lists.watch(self._certain_standing.found, self._tell_lines)
 
     def _tell_lines(self, lines: Lines, whole: bool) -> bool:  # noqa: FBT001 - called by place
         if not whole and not self._outbox.has_room:
@@ -454,63 +444,12 @@ class NativeConnection:
         return True
 
     async def _answer(self, request: Request) -> None:
-        if self.found is None:
-            raise AssertionError("nobody asks before it is known who that is")
         if self._requests is None:
             answer = frames.Answer(request.id, None, "unknown", "this relay answers no requests")
         else:
-            answer = await self._requests.answer(self.found, request)
+            answer = await self._requests.answer(self._certain_standing.found, request)
         if self.close_code is None:
-            self._send(answer)
-            self._wake()
-
-    # -- leases --------------------------------------------------------------------------------
-
-    @property
-    def node(self) -> bytes:
-        """See :class:`~crdt_llm.sync.leases.LeaseHolder`."""
-        if self.node_key is None:
-            raise AssertionError("only a node has to do with leases")
-        return self.node_key
-
-    @property
-    def embedded(self) -> bool:
-        """See :class:`~crdt_llm.sync.leases.LeaseHolder`."""
-        return False
-
-    def leased(self, lease: Granted) -> None:
-        """See :class:`~crdt_llm.sync.leases.LeaseHolder`."""
-        channel = self._leasing.get(lease.conversation)
-        if channel is None:
-            return
-        self._send(
-            frames.Leased(channel.number, lease.epoch, lease.signature, _ms(lease.ttl_s), "")
-        )
-        channel.hold(lease.epoch)
-        self._wake()
-
-    def unleased(self, conversation: str, retry_s: float, reason: str) -> None:
-        """See :class:`~crdt_llm.sync.leases.LeaseHolder`."""
-        channel = self._leasing.get(conversation)
-        if channel is None:
-            return
-        channel.hold(None)
-        line = shorten(reason, frames.REASON_BYTES_MAX)
-        self._send(frames.Leased(channel.number, None, b"", _ms(retry_s), line))
-        self._wake()
-
-    def _want_lease(self, channel: ChannelPeer, *, hold: bool) -> None:
-        if self._leases is None:
-            reason = "this relay gives no leases"
-            self._send(frames.Leased(channel.number, None, b"", NO_LEASES_RETRY_MS, reason))
-        elif hold:
-            before = self._leasing.get(channel.conversation)
-            if before is not None and before is not channel:
-                before.hold(None)
-            self._leasing[channel.conversation] = channel
-            self._leases.want(channel.conversation, self)
-        else:
-            self._leases.give_back(channel.conversation, self)
+            self._tell(answer)
 
     # -- drafts --------------------------------------------------------------------------------
 
@@ -518,49 +457,11 @@ class NativeConnection:
         """Tell the node at the other end of a draft; whether there was room for that."""
         if after is not None and not self._outbox.has_room:
             return False
-        self._send(frames.Hint(number, source, after, keep, text))
-        self._wake()
+        self._tell(frames.Hint(number, source, after, keep, text))
         return True
 
-    def _draft(self, frame: frames.Draft) -> None:
-        channel = self._channels[frame.channel]
-        draft = self._drafts.get(frame.channel)
-        if draft is None:
-            if frame.after is None or not channel.may_write:
-                return
-            if len(self._drafts) >= DRAFTS_PER_CONNECTION_MAX:
-                self._drop_draft(next(iter(self._drafts)))
-            source = self._hub.drafts.new_source()
-            draft = self._drafts[frame.channel] = _Draft(source, channel.conversation)
-        try:
-            draft.says = draft.says.then(frame.after, frame.keep, frame.text)
-        except MalformedMessage:  # some of it was lost on the way; the next whole one counts
-            self._drop_draft(frame.channel)
-            return
-        if len(draft.says.text) > frames.DRAFT_BYTES_MAX or draft.says == NOTHING:
-            self._drop_draft(frame.channel)
-            return
-        self._drafts_waiting[frame.channel] = None
-        if self._drafts_pause is None:
-            self._pass_draft_on()
-
-    def _pass_draft_on(self) -> None:
-        """At most one in a while; of each only how it is now."""
-        self._drafts_pause = None
-        if not self._drafts_waiting:
-            return
-        number = next(iter(self._drafts_waiting))
-        del self._drafts_waiting[number]
-        draft = self._drafts[number]
-        self._hub.drafts.say(draft.source, draft.conversation, draft.says)
-        loop = asyncio.get_running_loop()
-        self._drafts_pause = loop.call_later(DRAFT_INTERVAL_S, self._pass_draft_on)
-
-    def _drop_draft(self, number: int) -> None:
-        self._drafts_waiting.pop(number, None)
-        draft = self._drafts.pop(number, None)
-        if draft is not None:
-            self._hub.drafts.say(draft.source, draft.conversation, NOTHING)
+    def _may_write(self, number: int) -> bool | None:
+        return self._channels[number].may_write
 
     # -- space ---------------------------------------------------------------------------------
 
@@ -581,11 +482,9 @@ class NativeConnection:
             return False
         del self._channels[channel.number]
         channel.hold(None)
-        if self._leasing.get(channel.conversation) is channel:
-            del self._leasing[channel.conversation]
-            if self._leases is not None:
-                self._leases.give_back(channel.conversation, self)
-        self._drop_draft(channel.number)
+        if self._node is not None:
+            self._node.forget(channel)
+        self._typist.drop(channel.number)
         if self._owed and next(iter(self._owed.values())) is channel:
             self._is_asking = False
         self._owed.pop(channel.number, None)
@@ -600,138 +499,3 @@ class NativeConnection:
         self.close_code = code
         self.close_reason = shorten(reason, CLOSE_REASON_BYTES_MAX)
         self.leave()
-
-
-class ChannelPeer(Peer):
-    """What a room sees of one channel.
-
-    Args:
-        connection: Whose.
-        wish: What was asked for.
-        found: What the connection's token proves.
-    """
-
-    survives_refusal = True
-
-    def __init__(self, connection: NativeConnection, wish: Open, found: Pass) -> None:
-        is_node = connection.node_key is not None
-        super().__init__(found.principal, node=is_node)
-        principal = NODE if is_node else found.principal
-        self.author = Author(principal, is_node, cap=found.cap(wish.conversation))
-        self.address = connection.address
-        self.number = wish.channel
-        self.conversation = wish.conversation
-        self.may_write = False
-        self._stop_listening: Callable[[], None] | None = None
-        self._connection = connection
-        self._wish: Open | None = wish
-        self._room: Room | None = None
-        # Of what the client has for certain, once all frames for it are sent: the end of the log
-        # that it knew, and a state vector, for when the log does not reach back so far.
-        self._lsn = 0
-        self._has = EMPTY_STATE_VECTOR
-        self._pulled: bytes | None = None
-        self._is_speaking = False
-
-    async def submit(self, submit: Submit) -> None:
-        """Hand over an update; waits while too many have no verdict."""
-        if self._room is not None:
-            await self._room.submit(
-                Submission(
-                    self,
-                    submit.update,
-                    is_document=submit.is_document,
-                    restore=submit.is_restore,
-                    tag=submit,
-                )
-            )
-
-    def pull(self, state_vector: bytes) -> None:
-        """Owe everything that is not in a state vector."""
-        self._pulled = state_vector
-        self._connection.owe(self)
-
-    def say(self, states: tuple[AwarenessState, ...]) -> None:
-        """Show others who is here. The client itself knows."""
-        if self._room is not None:
-            self._is_speaking = True
-            self._room.say(self, states)
-            self._is_speaking = False
-
-    def ask(self) -> None:
-        """Have :meth:`answer` called."""
-        if self._room is not None:
-            self._room.ask(self)
-
-    def leave(self) -> None:
-        """Take no part any more."""
-        self.hold(None)
-        if self._room is not None:
-            self._room.leave(self)
-
-    def hold(self, epoch: int | None) -> None:
-        """From now on it writes as the node under an epoch, and hears of drafts; or no more."""
-        self.author = replace(self.author, epoch=epoch)
-        if self._stop_listening is not None:
-            self._stop_listening()
-            self._stop_listening = None
-        if epoch is not None:
-            hint = partial(self._connection.hint, self.number)
-            self._stop_listening = self._connection.drafts.listen(self.conversation, hint)
-
-    # -- for the room --------------------------------------------------------------------------
-
-    def entered(self, room: Room) -> None:
-        """See :class:`~crdt_llm.sync.room.Peer`."""
-        wish, self._room, self._wish = self._wish, room, None
-        if wish is None:
-            raise AssertionError("a channel enters one room, once")
-        follows = room.since(wish.lsn) if wish.log == self._connection.log else None
-        self._lsn, self._has = room.lsn, room.state_vector()
-        grant = room.grant_of(self.author)
-        self.may_write = grant is not None and grant is not Grant.READER
-        self._connection.opened(
-            frames.Opened(
-                self.number,
-                self._connection.log,
-                room.lsn,
-                room.diff(wish.state_vector) if follows is None else follows,
-                room.state_vector(self.author),
-                grant,
-                behind=bool(room.behind),
-            )
-        )
-        self.presence(room.awareness.states)
-
-    def settle(self, submission: Submission, verdict: Verdict, room: Room) -> None:
-        """See :class:`~crdt_llm.sync.room.Peer`."""
-        asked = isinstance(verdict, Lacking)  # of all verdicts only this one says what is here
-        state_vector = room.state_vector(self.author) if asked else EMPTY_STATE_VECTOR
-        self._connection.settle(submission.tag, verdict, room.lsn, state_vector)
-
-    def deliver(self, delivery: Delivery) -> None:
-        """See :class:`~crdt_llm.sync.room.Peer`."""
-        if self._room is None or self._connection.is_owed(self):
-            return
-        if len(delivery.update) <= UPDATE_BYTES_MAX:
-            self._connection.change(self, Change(self.number, self._room.lsn, delivery.update))
-        else:  # what one commit joins may be larger than the updates in it
-            self._connection.owe(self)
-
-    def answer(self, room: Room) -> None:
-        """See :class:`~crdt_llm.sync.room.Peer`."""
-        pulled, self._pulled = self._pulled, None
-        follows = room.since(self._lsn) if pulled is None else None
-        if follows is None:
-            follows = room.diff(self._has if pulled is None else pulled)
-        self._lsn, self._has = room.lsn, room.state_vector()
-        self._connection.pay(self, frames.State(self.number, room.lsn, follows))
-
-    def presence(self, states: Iterable[AwarenessState]) -> None:
-        """See :class:`~crdt_llm.sync.room.Peer`."""
-        if not self._is_speaking:
-            self._connection.presence(self, states)
-
-    def dismiss(self, error: CrdtLlmError) -> None:
-        """See :class:`~crdt_llm.sync.room.Peer`."""
-        self._connection.end(self, error)

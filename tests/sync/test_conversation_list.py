@@ -4,7 +4,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from sync.device import BIRTH, CONVERSATION
-from sync.native import Native, device, open_frame, update_frame
+from sync.native import PASSES, Native, device, open_frame, update_frame
 from sync.rooms import Place, born, turns
 
 from crdt_llm.document.schema import Birth, Grant, conversation_id
@@ -16,7 +16,7 @@ from crdt_llm.sync import conversation_list as conversation_list_module
 from crdt_llm.sync import frames as frames_module
 from crdt_llm.sync.access import Pass
 from crdt_llm.sync.conversation_list import ConversationLists
-from crdt_llm.sync.frames import Listed, Watch
+from crdt_llm.sync.frames import VERSION, Hello, Listed, Watch
 from crdt_llm.sync.hub import Hub
 
 if TYPE_CHECKING:
@@ -290,6 +290,30 @@ async def test_it_travels_in_frames_that_say_where_they_end(
     await native.send(Watch(on=False), update_frame(2, replica.entitle("On coffee")))
     await world.on()
     assert [one for one in native.down() if isinstance(one, Listed)] == []
+
+
+async def test_a_renewed_token_bounds_the_list_that_is_watched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    elsewhere = Pass("owner", conversations={conversation_id(OTHER): Grant.READER})
+    monkeypatch.setitem(PASSES, "narrow", elsewhere)
+    world = World()
+    owner, replica = await born(world.place)
+    native = Native(world.place, lists=world.lists)
+    await native.greet()
+    await native.send(Watch(on=True))
+    await turns(40)
+    native.down()
+    assert [len(listed.conversations) for listed in native.of(Listed)] == [1]
+    native.taken.clear()
+    await native.send(Hello(VERSION, "narrow", "test", None))
+    await owner.membership.submit(replica.entitle("a title that the new token may not see"))
+    await world.on()
+    await world.on()
+    native.down()
+    assert native.of(Listed) == [Listed(whole=True, end=True, conversations=())]
+    native.connection.leave()
+    await world.lists.close()
 
 
 async def test_a_list_without_conversations_is_said_too() -> None:

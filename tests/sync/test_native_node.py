@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import pytest
 from sync.device import CONVERSATION
-from sync.native import Native, device, open_frame, update_frame
+from sync.native import PASSES, Native, device, open_frame, update_frame
 from sync.rooms import Place, born, turns
 
 from crdt_llm.document.chain import lease_message
 from crdt_llm.document.keys import SigningKey, verify
 from crdt_llm.document.schema import Birth, Grant, conversation_id
 from crdt_llm.store.register import MemoryRegister
-from crdt_llm.sync import native_peer as native_peer_module
+from crdt_llm.sync import drafts as drafts_module
+from crdt_llm.sync.access import Pass
 from crdt_llm.sync.frames import (
+    VERSION,
     Ack,
     Change,
     Closed,
     Code,
     Draft,
+    Hello,
     Hint,
     Leased,
     Leave,
@@ -27,13 +31,15 @@ from crdt_llm.sync.frames import (
     Renew,
     Renewed,
     WantLease,
+    Welcome,
     Work,
 )
 from crdt_llm.sync.hub import Hub
 from crdt_llm.sync.leases import LeaseOffice
+from crdt_llm.sync.verdict import CloseCode
 
 if TYPE_CHECKING:
-    import pytest
+    from sync.native import NativeDevice
 
 RELAY_KEY = SigningKey(b"r" * 32)
 NODE_KEYS = [SigningKey(bytes([n]) * 32).public for n in range(3)]
@@ -69,7 +75,7 @@ class World:
         native.down()
         return native
 
-    async def person(self, seed: int = 1) -> tuple[Native, object]:
+    async def person(self, seed: int = 1) -> tuple[Native, NativeDevice]:
         native = Native(self.place)
         await native.greet()
         await native.send(open_frame())
@@ -144,6 +150,31 @@ async def test_a_node_that_comes_back_in_time_keeps_its_epoch() -> None:
     world.place.now += 5
     again = await world.holding(0)
     assert [lease.epoch for lease in again.of(Leased)] == [1]
+
+
+@pytest.mark.parametrize("key", [None, NODE_KEYS[2]])
+async def test_a_connection_stays_that_of_one_node(key: bytes | None) -> None:
+    world = World()
+    await born(world.place)
+    one, two = await world.holding(0), await world.node(1)
+    await one.send(Hello(VERSION, "node", "test", NODE_KEYS[0]))
+    assert [type(frame) for frame in one.down()] == [Welcome]
+    await one.send(Hello(VERSION, "node", "test", key))
+    assert one.connection.close_code is CloseCode.UNAUTHENTICATED
+    await two.send(WantLease(1, hold=True))
+    await turns()
+    assert [lease.epoch for lease in two.down() if isinstance(lease, Leased)] == [None]
+    world.place.now += 11
+    world.office.tick()
+    await turns()
+    assert [lease.epoch for lease in two.down() if isinstance(lease, Leased)] == [2]
+
+
+async def test_a_device_does_not_become_a_node() -> None:
+    native = Native(Place(), "node")
+    await native.greet()
+    await native.send(Hello(VERSION, "node", "test", NODE_KEYS[0]))
+    assert native.connection.close_code is CloseCode.UNAUTHENTICATED
 
 
 async def test_a_node_without_a_lease_writes_nothing() -> None:
@@ -236,7 +267,7 @@ async def test_a_draft_reaches_the_node_with_the_lease_and_nobody_else() -> None
 async def test_of_many_drafts_only_the_latest_is_passed_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(native_peer_module, "DRAFT_INTERVAL_S", 0)
+    monkeypatch.setattr(drafts_module, "DRAFT_INTERVAL_S", 0)
     world = World()
     await born(world.place)
     node = await world.holding()
@@ -286,8 +317,57 @@ async def test_readers_drafts_are_not_passed_on() -> None:
     assert node.down() == []
 
 
+async def test_a_draft_in_a_conversation_that_was_just_created_is_passed_on() -> None:
+    world = World()
+    writer, replica = await world.person()
+    await writer.send(update_frame(1, replica.give_birth()))
+    await turns()
+    node = await world.holding()
+    await writer.send(Draft(1, "", 0, "first words"))
+    assert [frame.text for frame in node.down() if isinstance(frame, Hint)] == ["first words"]
+
+
+async def test_rights_that_come_and_go_count_for_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafts_module, "DRAFT_INTERVAL_S", 0)
+    world = World()
+    owner, replica = await born(world.place)
+    await owner.membership.submit(replica.grant("friend", Grant.READER))
+    node = await world.holding()
+    friend = Native(world.place, "friend")
+    await friend.greet()
+    await friend.send(open_frame())
+    await turns()
+
+    async def heard(frame: Draft) -> list[tuple[str | None, str]]:
+        await friend.send(frame)
+        await asyncio.sleep(0.001)
+        await turns()
+        return [(hint.after, hint.text) for hint in node.down() if isinstance(hint, Hint)]
+
+    assert await heard(Draft(1, "", 0, "not")) == []
+    await owner.membership.submit(replica.grant("friend", Grant.WRITER))
+    assert await heard(Draft(1, "", 3, " now")) == [("", "not now")]
+    await owner.membership.submit(replica.grant("friend", Grant.READER))
+    assert await heard(Draft(1, "", 7, " any more")) == [(None, "")]
+
+
+async def test_a_renewed_token_counts_for_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PASSES, "narrow", Pass("owner", conversations={CONVERSATION: Grant.READER}))
+    monkeypatch.setattr(drafts_module, "DRAFT_INTERVAL_S", 0)
+    world = World()
+    await born(world.place)
+    node = await world.holding()
+    writer, _ = await world.person()
+    await writer.send(Draft(1, "", 0, "as an owner"))
+    node.down()
+    await writer.send(Hello(VERSION, "narrow", "test", None))
+    await asyncio.sleep(0.001)
+    await turns()
+    assert [hint.after for hint in node.down() if isinstance(hint, Hint)] == [None]
+
+
 async def test_drafts_of_one_connection_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_peer_module, "DRAFTS_PER_CONNECTION_MAX", 1)
+    monkeypatch.setattr(drafts_module, "DRAFTS_PER_CONNECTION_MAX", 1)
     world = World()
     await born(world.place)
     node = await world.holding()
