@@ -194,16 +194,24 @@ class KvTree:
     @property
     def resident_tokens(self) -> int:
         """Rows that are valid, over all tiles of the tree."""
-        return sum(len(tile.tokens) for tile in self._tiles())
+        return sum(len(tile.tokens) for tile in self.tiles())
 
     @property
     def free_slots(self) -> int:
         """Slots that hold nothing."""
         return len(self._free)
 
+    def tiles(self) -> Iterator[Tile]:
+        """Every tile that a new path could stand on; parents before their children."""
+        stack = list(self._roots)
+        while stack:
+            tile = stack.pop()
+            yield tile
+            stack.extend(tile.children)
+
     def unsaved(self) -> Tile | None:
         """A tile that should be written to disk: the one that was used longest ago."""
-        tiles = [tile for tile in self._tiles() if tile.unsaved]
+        tiles = [tile for tile in self.tiles() if tile.unsaved]
         return min(tiles, key=lambda tile: tile.touched) if tiles else None
 
     def open(self, ids: Ids) -> Path:
@@ -299,13 +307,6 @@ class KvTree:
     def _children(self, tile: Tile | None) -> list[Tile]:
         return self._roots if tile is None else tile.children
 
-    def _tiles(self) -> Iterator[Tile]:
-        stack = list(self._roots)
-        while stack:
-            tile = stack.pop()
-            yield tile
-            stack.extend(tile.children)
-
     def _touch(self, path: Path) -> None:
         self._clock += 1
         for tile in path.tiles:
@@ -354,7 +355,7 @@ class KvTree:
 
     def _evict(self) -> None:
         """Free the least recently used tile that nothing needs (invariant 4)."""
-        candidates = [tile for tile in self._tiles() if not tile.pins and not tile.children]
+        candidates = [tile for tile in self.tiles() if not tile.pins and not tile.children]
         if not candidates:
             message = "running requests fill the KV memory budget: wait for one of them or raise it"
             raise EngineBusy(message)

@@ -201,6 +201,11 @@ class TorchEngine:
         self._tree.forget(tokens, keep)
         if self._checkpoints is not None:
             self._checkpoints.forget(tokens, keep)
+            # A tile that stays, for another text's sake, has to be written again.
+            for tile in self._tree.tiles():
+                path = tile.path
+                if tile.saved and self._checkpoints.find(path, len(path) - 1) is None:
+                    tile.saved = 0
 
     @torch.inference_mode()
     def logits(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:

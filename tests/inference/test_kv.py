@@ -360,7 +360,7 @@ class KvMachine(RuleBasedStateMachine):
         """The computations whose rows a new path could stand on."""
         return {
             origin
-            for tile in self.tree._tiles()
+            for tile in self.tree.tiles()
             for origin in self.slots.origins[tile.slot][: len(tile.tokens)]
         }
 
@@ -382,7 +382,7 @@ class KvMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_slot_is_free_or_held_once(self) -> None:
-        in_tree = [tile.slot for tile in self.tree._tiles()]
+        in_tree = [tile.slot for tile in self.tree.tiles()]
         pinned = {tile.slot for path, _ in self.open for tile in path.tiles}
         assert len(in_tree) == len(set(in_tree))
         assert not self.tree._free & (set(in_tree) | pinned)
@@ -396,8 +396,50 @@ class KvMachine(RuleBasedStateMachine):
 
     @invariant()
     def only_full_tiles_have_children(self) -> None:
-        assert all(tile.full for tile in self.tree._tiles() if tile.children)
+        assert all(tile.full for tile in self.tree.tiles() if tile.children)
 
 
 KvMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestKvMachine = KvMachine.TestCase
+
+
+# -- what may be on disk ---------------------------------------------------------------------------
+
+
+def test_only_what_a_path_keeps_may_be_written(slots: RecordingSlots) -> None:
+    saved: list[np.ndarray] = []
+    tree = KvTree(slots, lambda tile: saved.append(tile.path))
+    kept = tree.open(ids_of((1, 300)))
+    compute(kept, slots, ids_of((1, 300)))
+    kept.keep()
+    compute(kept, slots, ids_of((1, 300), (2, 40)))  # goes on, and was not kept since
+    kept.close()
+    assert [tile.kept for tile in tree.tiles()] == [TILE, 44]
+    bring(tree, slots, ids_of((3, (SLOTS - 1) * TILE)))  # evicts the second tile
+    bring(tree, slots, ids_of((4, 2 * TILE)))  # evicts the first one, and what nobody kept
+    assert [len(path) for path in saved] == [340, TILE]
+
+
+def test_a_copy_keeps_what_its_original_did(tree: KvTree, slots: RecordingSlots) -> None:
+    first = tree.open(ids_of((1, 50)))
+    compute(first, slots, ids_of((1, 50)))
+    first.keep()
+    compute(first, slots, ids_of((1, 50), (2, 50)))
+    fork = tree.open(ids_of((1, 60)))
+    compute(fork, slots, ids_of((1, 60)))
+    assert sorted(tile.kept for tile in tree.tiles()) == [50, 50]
+    assert all(tile.unsaved for tile in tree.tiles())
+
+
+def test_what_came_from_disk_is_not_written_again(tree: KvTree, slots: RecordingSlots) -> None:
+    path = tree.open(ids_of((1, 100)))
+    compute(path, slots, ids_of((1, 100)))
+    path.restored()
+    assert tree.unsaved() is None
+    compute(path, slots, ids_of((1, 120)))
+    path.keep()
+    path.close()
+    tile = tree.unsaved()
+    assert tile is not None
+    tree.forget(ids_of((1, 120)), keep=110)
+    assert (tile.kept, tile.saved) == (110, 0)
