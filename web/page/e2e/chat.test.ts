@@ -188,7 +188,8 @@ test('a withdrawn message is a marker on every device', async () => {
   await device.page.getByRole('dialog').getByRole('button', { name: 'Withdraw' }).click()
   for (const one of [device, other]) {
     await one.page.getByText('This message was withdrawn by owner.').waitFor()
-    expect(await one.page.locator('main').innerText()).not.toContain('A secret')
+    // The title was made of it, and goes with it.
+    await expect.poll(() => one.page.locator('main').innerText()).not.toContain('A secret')
   }
   await device.close()
   await other.close()

@@ -36,6 +36,14 @@ const close = (): void => {
 
 const TITLE_CHARACTERS_MAX = 500
 
+/** Renames a conversation of the list, which this device may not have yet. */
+async function rename(client: LiveClient, id: string, title: string): Promise<void> {
+  const conversation = await client.on.open(id)
+  // A title beside one that is not known here could lose against it.
+  if (conversation.isEmpty) await conversation.synced()
+  await conversation.rename(title)
+}
+
 function RenameForm({
   client,
   conversation
@@ -50,9 +58,7 @@ function RenameForm({
       onSubmit={event => {
         event.preventDefault()
         close()
-        void attempt('Not renamed', async () =>
-          (await client.on.open(conversation)).rename(title.trim())
-        )
+        void attempt('Not renamed', () => rename(client, conversation, title.trim()))
       }}
     >
       <label>
