@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from crdt_llm.document.conversation import Conversation
 from crdt_llm.errors import Corrupt, CrdtLlmError, Forbidden
+from crdt_llm.inference.held import Held, is_unconfirmed
 from crdt_llm.inference.sitting import Sitting
 from crdt_llm.inference.transcript import Transcript
 from crdt_llm.inference.workplace import Workplace
@@ -48,12 +49,16 @@ class Desk:
         self._early: list[bytes] = []
         self._sitting: Sitting | None = None
         self._troubles: dict[str, Trouble] = {}
+        self._held = Held()
+        self._is_away = False
         self._was_of_use = False  # the last seat
 
     @property
     def idle(self) -> bool:
         """Whether nothing runs here and nothing is left to look at."""
-        return not self._dirty.is_set() and self._sitting is not None and self._sitting.idle
+        if self._dirty.is_set():
+            return False
+        return self._is_away or (self._sitting is not None and self._sitting.idle)
 
     def wake(self) -> None:
         """Ask for a look."""
@@ -62,17 +67,24 @@ class Desk:
     async def run(self) -> None:
         """Sit at the conversation until cancelled; take the seat anew whenever it is lost.
 
+        A seat of which nothing can come is given back until the next :meth:`wake`.
+
         Ends by itself where trying again cannot help: the conversation is damaged, or not ours.
         """
         wait = RETRY_FIRST_S
         while True:
             try:
-                await self._sit()
+                if await self._sit():
+                    await self._stay_away()
+                    wait = RETRY_FIRST_S
+                    continue
             except (Corrupt, Forbidden) as error:
                 logger.warning("conversation %s: %s; left alone", self._id, error)
                 self.settled.set()
                 return
             except CrdtLlmError as error:
+                if is_unconfirmed(error):
+                    wait = RETRY_FIRST_S  # it is not tried again: nothing to wait for
                 logger.warning("conversation %s: %s; again in %.1f s", self._id, error, wait)
             except Exception:
                 logger.exception("conversation %s: a bug; again in %.1f s", self._id, wait)
@@ -81,7 +93,15 @@ class Desk:
             await self._shared.surroundings.sleep(wait)
             wait = min(2 * wait, RETRY_MAX_S)
 
-    async def _sit(self) -> None:
+    async def _stay_away(self) -> None:
+        self._is_away = True
+        try:
+            await self._dirty.wait()
+        finally:
+            self._is_away = False
+
+    async def _sit(self) -> bool:
+        """Have a seat until it is lost, or given back: says whether it was given back."""
         shared, outside = self._shared, self._shared.surroundings
         self._lost, self._early, self._was_of_use = False, [], False
         seat = await outside.take_seat(self._id, self._deliver, self._lose)
@@ -90,19 +110,21 @@ class Desk:
         )
         transcript = Transcript(conversation, shared.renderer, shared.identity.sealer)
         work = Workplace(conversation, transcript, seat, outside.clock_ms)
-        sitting = Sitting(shared, self._id, work, self.wake, self._troubles)
+        sitting = Sitting(shared, self._id, work, self.wake, self._troubles, self._held)
         sender = asyncio.create_task(work.send(self._lose), name=f"outbox {self._id}")
         try:
             for update in (seat.state, *self._early):
                 conversation.apply(update)
             del update  # what is withdrawn later must not stay here
             self._early = []
+            self._held.look(conversation)
             self._sitting = sitting
             self._dirty.set()
             while not self._lost:
                 await self._dirty.wait()
                 self._dirty.clear()
-                await self._look(sitting)
+                if await self._look(sitting):
+                    return True
         finally:
             self._sitting = None
             self._was_of_use = work.was_of_use
@@ -111,19 +133,22 @@ class Desk:
             await asyncio.gather(sender, return_exceptions=True)
             await work.settle()
             await seat.leave()
+        return False
 
-    async def _look(self, sitting: Sitting) -> None:
+    async def _look(self, sitting: Sitting) -> bool:
+        """Do what there is to do. Says whether the seat is of no use any more."""
         while not self._lost:
             if not await sitting.act():
                 self.settled.set()
-                return
+                return sitting.is_needless and not self._dirty.is_set()
+        return False
 
     def _deliver(self, update: bytes) -> None:
+        self._dirty.set()
         if self._sitting is None:
             self._early.append(update)
-        else:
-            self._sitting.work.conversation.apply(update)
-            self._dirty.set()
+        elif self._sitting.work.conversation.apply(update).structure:
+            self._held.release()
 
     def _lose(self) -> None:
         self._lost = True

@@ -20,11 +20,13 @@ I7. What was admitted and not yet read is prefilled when nothing else is to do.
 I8. What was withdrawn leaves nothing behind. As soon as no reply runs that read it, the engine
     forgets it; what was written beside the withdrawal is deleted; a summary of it is withdrawn too.
 I9. A draft is read when nothing else is to do, in the whole node.
+I10. What the relay does not let be admitted yet waits, and so does what hangs behind it; the other
+    lines go on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from crdt_llm.document.schema import Policy, State
@@ -57,6 +59,7 @@ class Situation:
         dropped: whether an engine is to forget what was read of drafts, and can be told to.
         draft: whether a draft can be read now.
         preparing: slots whose prompt is being made shorter; they are not admitted yet.
+        held: pending entries that the relay does not let be admitted yet.
     """
 
     tree: Tree
@@ -74,6 +77,7 @@ class Situation:
     dropped: bool = False
     draft: bool = False
     preparing: frozenset[str] = frozenset()
+    held: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +185,7 @@ Action = (
 
 def evaluate(situation: Situation) -> Action:  # noqa: C901, PLR0911 - one branch an invariant
     """The next action. Pure and total; costs what is pending, not what was said before."""
-    waiting = bool(situation.tree.pending)
+    waiting = _waits(situation)
     if situation.withdrawn and not _is_misread(situation):  # I8
         return Forget()
     if not situation.leased:  # I1
@@ -213,6 +217,13 @@ def _to_read(situation: Situation) -> Action:
     if situation.cold is not None:  # I7
         return Warm(situation.cold)
     return ReadDraft() if situation.draft else Nothing()  # I9
+
+
+def _waits(situation: Situation) -> bool:
+    """Whether anything pending may be admitted, now or when there is room for it."""
+    if not situation.held:
+        return bool(situation.tree.pending)
+    return _to_admit(replace(situation, capacity=1, preparing=frozenset())) is not None
 
 
 def _has_something_to_write(situation: Situation) -> bool:
@@ -251,6 +262,8 @@ def _to_admit(situation: Situation) -> Admit | None:
             continue
         entries: list[str] = []
         for entry in _run(tree, first):
+            if entry in situation.held:  # I10
+                break
             taken.add(entry)
             if tree.facts(entry).slot:
                 if situation.capacity and entry not in situation.preparing:  # I6

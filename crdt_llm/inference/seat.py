@@ -96,6 +96,8 @@ class Surroundings:
         random: ids, salts, client ids: so many random bytes.
         sleep: waits some seconds, between attempts to get an engine or a seat back.
         seats_max: how many seats it can have at once.
+        gives_back: whether a seat where nothing is to do is given back; the node must then be told
+            of every change where it has none.
     """
 
     take_seat: TakeSeat
@@ -104,3 +106,4 @@ class Surroundings:
     random: Callable[[int], bytes]
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     seats_max: int = 1000
+    gives_back: bool = False

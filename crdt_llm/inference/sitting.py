@@ -21,6 +21,7 @@ from crdt_llm.errors import (
     EngineDied,
     LeaseLost,
     PromptTooLong,
+    Refused,
     RemoteMisuse,
     Unavailable,
 )
@@ -42,6 +43,7 @@ from crdt_llm.inference.evaluate import (
 )
 from crdt_llm.inference.fed import Drop
 from crdt_llm.inference.generation import Generation, Outcome
+from crdt_llm.inference.held import is_unconfirmed
 from crdt_llm.inference.overflow import Overflow
 from crdt_llm.inference.presence import Doing, NodeState, Presence
 from crdt_llm.inference.reply import Reply, describe
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
         Situation,
     )
     from crdt_llm.inference.fed import Fed
+    from crdt_llm.inference.held import Held
     from crdt_llm.inference.overflow import Summary
     from crdt_llm.inference.prompt import Renderer
     from crdt_llm.inference.reply import Identity
@@ -115,21 +118,24 @@ class Sitting:
         work: the replica to work on.
         wake: asks for another look.
         troubles: what went wrong with replies that were begun; outlives a sitting.
+        held: what is not admitted for now; outlives a sitting.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what outlives a sitting is an argument
         self,
         shared: Shared,
         conversation: str,
         work: Workplace,
         wake: Callable[[], None],
         troubles: dict[str, Trouble],
+        held: Held,
     ) -> None:
         self.work = work
         self._shared = shared
         self._id = conversation
         self._wake = wake
         self._troubles = troubles
+        self._held = held
         self._fed = shared.fed(conversation)
         self._overflow = Overflow(shared, conversation, work, wake)
         self._ahead = Ahead(shared, conversation, work, self._fed, wake)
@@ -145,6 +151,20 @@ class Sitting:
         """Whether nothing runs and nothing waits."""
         pending = self.work.conversation.tree.pending
         return not (self._running or self._ahead.busy or pending or self.work.has_open)
+
+    @property
+    def is_needless(self) -> bool:
+        """Whether nothing is lost by giving the seat back, now that there is nothing to do.
+
+        With what is held, a seat would be in the way: whoever has one is not told to look.
+        """
+        if not self._held and not (self._shared.surroundings.gives_back and self._lease is None):
+            return False
+        busy = self._running or self._outcomes or self._asking or self._ahead.busy
+        owed = self._ahead.cold is not None or self._overflow.preparing or self._fed.drops
+        drafts = self._shared.drafts(self._id)
+        ready = self._shared.engine is not None  # else it may have something to forget
+        return ready and not (busy or owed or drafts.waiting or drafts.drops)
 
     async def act(self) -> bool:
         """Do the one next thing. Says whether there was one."""
@@ -223,6 +243,7 @@ class Sitting:
             dropped=at_rest and bool(shared.drafts(self._id).drops),
             draft=at_rest and self._ahead.draft,
             preparing=self._overflow.preparing,
+            held=self._held.entries(at_rest=not self._running),
         )
 
     async def _do(self, action: Action) -> None:
@@ -236,7 +257,7 @@ class Sitting:
             case Resume(slot):
                 await self._resume(slot)
             case Admit():
-                await self._admit(action)
+                await self._try_to_admit(action)
             case Warm(entry):
                 self._ahead.start(entry)
             case ReadDraft():
@@ -286,6 +307,18 @@ class Sitting:
         writer.add(entry_id(now, outside.random(10)), born)
 
     # -- admission -----------------------------------------------------------------------------
+
+    async def _try_to_admit(self, action: Admit) -> None:
+        run = action.entries if action.slot is None else (*action.entries, action.slot)
+        try:
+            await self._admit(action)
+        except Refused as error:
+            if is_unconfirmed(error):
+                logger.info("conversation %s: %s", self._id, error)
+                self._held.hold(run, error)
+            raise
+        if self._held and self.work.conversation.tree.is_admitted(run[-1]):
+            self._held.admitted(run)
 
     async def _admit(self, action: Admit) -> None:
         last = action.entries[-1] if action.entries else action.parent
@@ -462,7 +495,8 @@ class Sitting:
             await shared.surroundings.sleep(BUSY_S)
         except RemoteMisuse as error:  # a flush was refused, and the seat is lost with it
             logger.warning("reply %s: %s", slot, error)
-            self._trouble(slot, "refused", str(error))
+            if not is_unconfirmed(error):  # that was not about the reply
+                self._trouble(slot, "refused", str(error))
         except Exception:
             logger.exception("reply %s: a bug", slot)
             outcome = Outcome(State.FAILED, "error", ("failed", "a bug; see the node's log"))
@@ -528,6 +562,7 @@ class Sitting:
         self._shared.occupy(-1)
         if outcome is not None:
             await self._write_end(generation, outcome)
+            self._held.release()  # whatever was not heard of meanwhile
 
     async def _stop(self, slot: str) -> None:
         """End a reply that somebody stopped, with what it has (I2)."""

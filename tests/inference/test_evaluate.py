@@ -111,6 +111,23 @@ def test_i5_the_last_pending_slot_is_answered_and_supersedes_the_others() -> Non
     assert evaluate(Situation(facts)) == Admit("", (A, C), D, (B,))
 
 
+def test_i10_what_is_held_waits_with_what_hangs_behind_it_and_other_lines_go_on() -> None:
+    facts = tree(
+        Facts(A, 1, parent="", epoch=1),
+        Facts(B, 2, after=A),
+        Facts(C, 3, slot=True, after=B),
+        Facts(D, 4, fork=True, after=A),
+    )
+    held = frozenset({B})
+    assert evaluate(Situation(facts, held=held)) == Admit(A, (D,))
+    assert evaluate(Situation(facts, held=frozenset({C}))) == Admit(A, (B,))
+    assert evaluate(Situation(facts, held=held, leased=False)) == TakeLease()
+    alone = tree(Facts(A, 1), Facts(B, 2, slot=True, after=A))
+    assert evaluate(Situation(alone, held=frozenset({A}))) == Nothing()
+    assert evaluate(Situation(alone, held=frozenset({A}), leased=False)) == Nothing()
+    assert evaluate(Situation(alone, leased=False, capacity=0, held=frozenset({B}))) == TakeLease()
+
+
 def test_i6_a_slot_waits_for_an_engine_and_what_is_before_it_does_not() -> None:
     facts = tree(Facts(A, 1), Facts(B, 2, slot=True, after=A))
     assert evaluate(Situation(facts, capacity=0)) == Admit("", (A,))
