@@ -370,7 +370,7 @@ class OpenConversation:
     async def invite(
         self, role: str = "writer", *, expires_at: int | None = None, name: str | None = None
     ) -> Invitation:
-        """Make a link that lets one person in. Needs the relay.
+        """Make a link that lets one person in. Waits until the relay has what was written here.
 
         Args:
             role: ``writer`` or ``reader``.
@@ -390,6 +390,7 @@ class OpenConversation:
             "expires_at": expires_at,
             "name": name,
         }
+        await self._known()
         answer = await self._client.connection.request("invite", arguments)
         principal, token, identity = (str(answer[key]) for key in ("principal", "token", "id"))
         await self.share(principal, role)
@@ -400,7 +401,11 @@ class OpenConversation:
         await self._client.connection.request("revoke", {"id": invitation})
 
     async def archive(self, *, archived: bool = True) -> None:
-        """Put the conversation away in your own list, or take it out again. Needs the relay."""
+        """Put the conversation away in your own list, or take it out again.
+
+        Waits until the relay has what was written here.
+        """
+        await self._known()
         await self._client.archive(self.id, archived=archived)
 
     async def leave(self) -> None:
@@ -582,6 +587,11 @@ class OpenConversation:
             self._client.forget(self)
 
     # -- parts ---------------------------------------------------------------------------------
+
+    async def _known(self) -> None:
+        """Wait for the relay if it does not know yet what we are here: who begins is the owner."""
+        if self._replica.outbox:
+            await self.synced_once()
 
     def _head(self, document: Conversation | None = None) -> str:
         """The entry whose line this device looks at."""

@@ -2,128 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Self
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 import pytest
+from sync.relay_house import TOKEN, House, Node
 
 from crdt_llm import Client
-from crdt_llm.document.conversation import Conversation
-from crdt_llm.document.schema import SALT_BYTES, Place, Proof, State, Usage
+from crdt_llm.document.schema import State
 from crdt_llm.errors import AuthenticationFailed, Refused
-from crdt_llm.store.sqlite import SqliteLog
-from crdt_llm.sync.access import TokenAccess
-from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.native_peer import RelayIdentity
-from crdt_llm.sync.relay import Relay
 from crdt_llm.sync.wire import decode_state_vector
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from crdt_llm.document.conversation import Writer
     from crdt_llm.sync.client import OpenConversation
-    from crdt_llm.sync.hub import Membership
-
-TOKEN = "a token"  # noqa: S105 - the key to a server that lives for one test
-EPOCH = 1
-PROOF = Proof(bytes(32), None, None, bytes(32), bytes(64))  # well-formed is all that a relay asks
-
-
-class House:
-    """A relay with its store, which can stop and start again."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._running = AsyncExitStack()
-        self._port = 0
-        self.hub: Hub
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}/"
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.stop()
-
-    async def start(self) -> None:
-        log = await SqliteLog.open(self._folder / "log.db")
-        self._running.push_async_callback(log.close)
-        self.hub = Hub(log)
-        relay = Relay(
-            self.hub,
-            authenticate=TokenAccess(TOKEN).authenticate,
-            identity=RelayIdentity(bytes(32), log.log_id),
-        )
-        await relay.start(port=self._port)
-        self._running.push_async_callback(relay.stop)
-        self._port = relay.address[1]
-
-    async def stop(self) -> None:
-        await self._running.aclose()
-
-
-class Node:
-    """A node that says what a test tells it to; its proofs are empty forms."""
-
-    def __init__(self, identity: str) -> None:
-        self.replica = Conversation(77, seal_client_id=78)
-        self._identity = identity
-        self._membership: Membership
-
-    async def join(self, hub: Hub) -> Self:
-        self._membership = await hub.join(self._identity, "node", node=True, deliver=self._hear)
-        self.replica.apply(self._membership.state)
-        if self.replica.lease(EPOCH) is None:
-            await self._write(lambda writer: writer.add_lease(EPOCH, bytes(32), bytes(64)))
-        return self
-
-    def _hear(self, update: bytes) -> None:
-        self.replica.apply(update)
-
-    async def _write(self, compose: Callable[[Writer], None]) -> None:
-        with self.replica.writing() as writer:
-            compose(writer)
-        assert writer.change is not None
-        await self._membership.submit(writer.change.update)
-
-    async def admit(self, slot: str) -> None:
-        """Place what stands before a slot, and begin to answer it."""
-        tree = self.replica.tree
-        for entry in tree.path(slot):
-            if tree.is_admitted(entry):
-                continue
-
-            def compose(writer: Writer, entry: str = entry, parent: str = tree.up(entry)) -> None:
-                writer.place(entry, Place(parent, EPOCH))
-                if entry == slot:
-                    writer.open_reply(slot)
-                    writer.state(slot, State.STREAMING)
-                else:
-                    writer.proof(entry, bytes(SALT_BYTES), PROOF)
-
-            await self._write(compose)
-
-    async def say(self, slot: str, text: str) -> None:
-        await self._write(lambda writer: writer.append_text(slot, text))
-
-    async def end(self, slot: str, state: State = State.DONE) -> None:
-        def compose(writer: Writer) -> None:
-            writer.state(slot, state)
-            writer.usage(slot, Usage(prompt=9, prefilled=4, sampled=3, finish="end"))
-            writer.proof(slot, bytes(SALT_BYTES), PROOF)
-
-        await self._write(compose)
-
-    async def answer(self, slot: str, text: str) -> None:
-        await self.admit(slot)
-        await self.say(slot, text)
-        await self.end(slot)
 
 
 @pytest.fixture
@@ -261,8 +155,7 @@ async def test_a_wiped_relay_gets_the_conversation_back_from_a_client(
         await conversation.send("Remember me.")
         await conversation.synced_once()
         await house.stop()
-        for file in (tmp_path / "house").iterdir():
-            file.unlink()
+        house.lose("log", "register")
         await until(conversation, lambda: not conversation.online)
         await house.start()
         await conversation.synced_once()
