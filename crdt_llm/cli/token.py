@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from crdt_llm.cli.folders import DataFolder
+    from crdt_llm.store.token_ledger import Issued
 
 _UNITS_MS: Final = {
     "m": 60_000,
@@ -140,6 +141,8 @@ def run_list(*, folder: DataFolder, json: bool) -> None:
             "issued_at": line.issued_at,
             "expires_at": line.expires_at,
             "revoked_at": line.revoked_at,
+            "inviter": line.inviter,
+            "name": line.name,
         }
         for line in lines
     ]
@@ -149,7 +152,7 @@ def run_list(*, folder: DataFolder, json: bool) -> None:
     for line in lines:
         print(  # noqa: T201 - the terminal
             f"{line.id}  {_state(line.expires_at, line.revoked_at):<16}"
-            f"  {one_line(line.principal, 30):<30}  {one_line(line.scope, 60)}"
+            f"  {one_line(_whom(line), 30):<30}  {one_line(line.scope, 60)}"
         )
     if not lines:
         print("no token was given out; the owner's own is not listed", file=sys.stderr)  # noqa: T201
@@ -163,11 +166,15 @@ def run_revoke(token_id: str, *, folder: DataFolder) -> None:
         StoreFailed: it could not be noted.
     """
     with authority_of(folder) as (authority, ledger):
-        if all(line.id != token_id for line in ledger.issued()):
+        if ledger.find(token_id) is None:
             raise LocalMisuse(
                 f"no token {token_id!r} was given out: crdt-llm token list shows their ids"
             )
         authority.revoke(token_id)
+
+
+def _whom(line: Issued) -> str:
+    return line.principal if line.name is None else f"{line.name} ({line.principal})"
 
 
 def _state(expires_at: int | None, revoked_at: int | None) -> str:

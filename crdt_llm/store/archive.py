@@ -1,51 +1,42 @@
 """Which conversations a principal has put away, as an SQLite file of its own.
 
-This module owns the file. It must not know documents or who may see what: a conversation that was
-put away is a name beside a name. It is no part of the document, for it is one person's view of
-their list, and no part of the register, for nothing is lost that matters if this is.
-
-Calls are synchronous: a row is some fifty bytes, and people put conversations away by hand.
+This module owns what is in the file. It must not know documents or who may see what: a conversation
+that was put away is a name beside a name. It is no part of the document, for it is one person's
+view of their list, and no part of the register, for nothing is lost that matters if this is.
 """
 
 from __future__ import annotations
 
-import os
-import sqlite3
-from typing import TYPE_CHECKING, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self
 
-from crdt_llm.errors import Corrupt, StoreFailed
+from crdt_llm.store.side_file import Kind, SideFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-_Result = TypeVar("_Result")
-
-_APPLICATION_ID: Final = 0x43524C41
-"""In the file's header, "CRLA": tells our files from other programs' databases."""
-
-_FILE_MODE: Final = 0o600
-
-_SCHEMA: Final = """
+_KIND: Final = Kind(
+    application_id=0x43524C41,  # "CRLA"
+    schema="""
 CREATE TABLE IF NOT EXISTS archived (
   principal TEXT NOT NULL,
   conversation TEXT NOT NULL,
   PRIMARY KEY (principal, conversation)
 ) STRICT, WITHOUT ROWID;
-"""
+""",
+    is_no="is no archive",
+    if_damaged="move it away",
+)
 
 
 class Archive:
-    """The file, or a table in memory. Use it from one thread.
+    """What principals have put away.
 
     Args:
-        connection: See :meth:`open`.
-        name: For errors.
+        file: See :meth:`open`.
     """
 
-    def __init__(self, connection: sqlite3.Connection, name: str) -> None:
-        self._connection = connection
-        self._name = name
+    def __init__(self, file: SideFile) -> None:
+        self._file = file
 
     @classmethod
     def open(cls, path: Path | None) -> Self:
@@ -55,29 +46,9 @@ class Archive:
             Corrupt: It is no such file.
             StoreFailed: It cannot be opened now.
         """
-        name = ":memory:" if path is None else str(path)
-        try:
-            if path is not None:
-                os.close(os.open(path, os.O_RDWR | os.O_CREAT, _FILE_MODE))
-            connection = sqlite3.connect(name, isolation_level=None)
-        except (OSError, sqlite3.Error) as error:
-            raise StoreFailed(f"{name} cannot be opened ({error}): check its rights") from error
-        archive = cls(connection, name)
-        try:
-            archive._run(archive._prepare)
-        except BaseException:
-            connection.close()
-            raise
-        return archive
+        return cls(SideFile.open(path, _KIND))
 
-    def _prepare(self) -> None:
-        (found,) = self._connection.execute("PRAGMA application_id").fetchone()
-        if found not in {0, _APPLICATION_ID}:
-            raise Corrupt(f"{self._name} is no archive: move it away")
-        self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-        self._connection.executescript(_SCHEMA)
-
-    def put(self, principal: str, conversation: str, *, archived: bool) -> None:
+    async def put(self, principal: str, conversation: str, *, archived: bool) -> None:
         """Put a conversation away, or take it back, durably; again is the same.
 
         Raises:
@@ -88,29 +59,22 @@ class Archive:
             if archived
             else "DELETE FROM archived WHERE principal = ? AND conversation = ?"
         )
-        self._run(lambda: self._connection.execute(statement, (principal, conversation)))
+
+        def put() -> None:
+            self._file.write(lambda file: file.execute(statement, (principal, conversation)))
+
+        await self._file.aside(put)
 
     def of(self, principal: str) -> frozenset[str]:
-        """What a principal has put away.
+        """What a principal has put away; at once.
 
         Raises:
             StoreFailed: It cannot be read now.
         """
-        rows = self._run(
-            lambda: self._connection.execute(
-                "SELECT conversation FROM archived WHERE principal = ?", (principal,)
-            ).fetchall()
-        )
+        statement = "SELECT conversation FROM archived WHERE principal = ?"
+        rows = self._file.read(lambda file: file.execute(statement, (principal,)).fetchall())
         return frozenset(row[0] for row in rows)
 
     def close(self) -> None:
         """Let go of the file."""
-        self._connection.close()
-
-    def _run(self, work: Callable[[], _Result]) -> _Result:
-        try:
-            return work()
-        except sqlite3.OperationalError as error:
-            raise StoreFailed(f"{self._name} cannot be used now ({error})") from error
-        except sqlite3.DatabaseError as error:
-            raise Corrupt(f"{self._name} is damaged ({error}): move it away") from error
+        self._file.close()

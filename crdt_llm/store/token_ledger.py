@@ -1,37 +1,32 @@
 """Which access tokens were issued and which were revoked, as an SQLite file of its own.
 
-This module owns the file. It must not know what a token says or how it is signed: an issued token
-is a line for people, a revoked one an id that counts no more. The relay reads it while the command
-line writes it, which is why it is neither in the log nor in memory: SQLite's own locking lets both
-have it open.
+This module owns what is in the file. It must not know what a token says or how it is signed: an
+issued token is a line for people, a revoked one an id that counts no more, a node's key a name
+beside the principal that came with it first. The relay reads it while the command line writes it,
+which is why it is neither in the log nor in memory: SQLite's own locking lets both have it open.
 
-Calls are synchronous: a row is a few hundred bytes, and nothing here is called per message.
+Reading is at once. Writing waits for the disk and for the other process: in a relay it is called by
+:meth:`TokenLedger.aside`.
 """
 
 from __future__ import annotations
 
-import os
-import sqlite3
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
-from crdt_llm.errors import Corrupt, StoreFailed
+from crdt_llm.errors import TooLarge
+from crdt_llm.store.side_file import Kind, SideFile
 
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import Callable
     from pathlib import Path
 
 _Result = TypeVar("_Result")
 
-BUSY_TIMEOUT_S: Final = 2.0
-"""How long to wait for the other process; a write takes milliseconds."""
-
-_APPLICATION_ID: Final = 0x43524C54
-"""In the file's header, "CRLT": tells our files from other programs' databases."""
-
-_FILE_MODE: Final = 0o600
-
-_SCHEMA: Final = """
+_KIND: Final = Kind(
+    application_id=0x43524C54,  # "CRLT"
+    schema="""
 CREATE TABLE IF NOT EXISTS issued (
   id TEXT PRIMARY KEY,
   principal TEXT NOT NULL,
@@ -43,7 +38,30 @@ CREATE TABLE IF NOT EXISTS revoked (
   id TEXT PRIMARY KEY,
   revoked_at INTEGER NOT NULL
 ) STRICT;
-"""
+CREATE TABLE IF NOT EXISTS invitations (
+  id TEXT PRIMARY KEY,
+  inviter TEXT NOT NULL,
+  name TEXT
+) STRICT;
+CREATE INDEX IF NOT EXISTS invitations_of ON invitations (inviter);
+CREATE TABLE IF NOT EXISTS nodes (
+  key BLOB PRIMARY KEY,
+  principal TEXT NOT NULL,
+  since INTEGER NOT NULL
+) STRICT;
+""",
+    is_no="is not a list of tokens",
+    if_damaged="move it away, and revoke again what was revoked",
+)
+
+_LINES: Final = (
+    "SELECT id, principal, scope, issued_at, expires_at, revoked_at, inviter, name FROM issued"
+    " LEFT JOIN revoked USING (id) LEFT JOIN invitations USING (id)"
+)
+_LIVE: Final = (
+    "SELECT count(*) FROM invitations JOIN issued USING (id) LEFT JOIN revoked USING (id)"
+    " WHERE inviter = ? AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > ?)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +75,8 @@ class Issued:
         issued_at: ms since 1970.
         expires_at: ms since 1970, or ``None``.
         revoked_at: ms since 1970, or ``None``.
+        inviter: Whose invitation it is; ``None`` if it is none.
+        name: Whom the inviter meant it for.
     """
 
     id: str
@@ -65,20 +85,20 @@ class Issued:
     issued_at: int
     expires_at: int | None
     revoked_at: int | None = None
+    inviter: str | None = None
+    name: str | None = None
 
 
 class TokenLedger:
-    """The file. Use it from one thread.
+    """The file. Opened and read in one thread.
 
     Args:
-        connection: See :meth:`open`.
-        path: For errors.
+        file: See :meth:`open`.
     """
 
-    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
-        self._connection = connection
-        self._path = path
-        self._version: tuple[int, int] | None = None
+    def __init__(self, file: SideFile) -> None:
+        self._file = file
+        self._version: int | None = None
         self._revoked: frozenset[str] = frozenset()
 
     @classmethod
@@ -89,40 +109,35 @@ class TokenLedger:
             Corrupt: It is no such file.
             StoreFailed: It cannot be opened now.
         """
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, _FILE_MODE)
-            os.close(handle)
-            connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
-        except (OSError, sqlite3.Error) as error:
-            raise StoreFailed(f"{path} cannot be opened ({error}): check its rights") from error
-        try:
-            _check_identity(connection, path)
-            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.executescript(_SCHEMA)
-        except (sqlite3.Error, Corrupt) as error:
-            connection.close()
-            raise _explained(error, path) from error
-        return cls(connection, path)
+        return cls(SideFile.open(path, _KIND))
 
-    def record(self, issued: Issued) -> None:
+    def record(self, issued: Issued, *, invitations_max: int | None = None) -> None:
         """Note a token, durably, before it is given out.
 
+        Args:
+            issued: Which.
+            invitations_max: How many of one inviter may count at a time.
+
         Raises:
+            TooLarge: So many do.
             StoreFailed: It is not noted.
         """
-        self._run(
-            lambda: self._connection.execute(
+        one = issued
+
+        def write(file: sqlite3.Connection) -> None:
+            if one.inviter is not None:
+                (live,) = file.execute(_LIVE, (one.inviter, one.issued_at)).fetchone()
+                if invitations_max is not None and live >= invitations_max:
+                    reason = f"{live} invitations of yours count: revoke some"
+                    raise TooLarge("too-many-invitations", reason)
+                row = (one.id, one.inviter, one.name)
+                file.execute("INSERT INTO invitations VALUES (?, ?, ?)", row)
+            file.execute(
                 "INSERT INTO issued VALUES (?, ?, ?, ?, ?)",
-                (
-                    issued.id,
-                    issued.principal,
-                    issued.scope,
-                    issued.issued_at,
-                    issued.expires_at,
-                ),
+                (one.id, one.principal, one.scope, one.issued_at, one.expires_at),
             )
-        )
+
+        self._file.write(write)
 
     def revoke(self, token_id: str, at: int) -> None:
         """Note, durably, that a token counts no more; again is the same.
@@ -130,11 +145,33 @@ class TokenLedger:
         Raises:
             StoreFailed: It is not noted.
         """
-        self._run(
-            lambda: self._connection.execute(
-                "INSERT OR IGNORE INTO revoked VALUES (?, ?)", (token_id, at)
-            )
-        )
+        statement = "INSERT OR IGNORE INTO revoked VALUES (?, ?)"
+        self._file.write(lambda file: file.execute(statement, (token_id, at)))
+
+    def claim_node(self, key: bytes, principal: str, at: int) -> str:
+        """Note, durably, whose a node's public key is, unless that is known already.
+
+        Returns:
+            Whose it is.
+
+        Raises:
+            StoreFailed: It is not noted.
+        """
+
+        def owner(file: sqlite3.Connection) -> str:
+            file.execute("INSERT OR IGNORE INTO nodes VALUES (?, ?, ?)", (key, principal, at))
+            row = file.execute("SELECT principal FROM nodes WHERE key = ?", (key,)).fetchone()
+            return str(row[0])
+
+        return self._file.write(owner)
+
+    async def aside(self, call: Callable[[], _Result]) -> _Result:
+        """Call something that writes here, without holding up the event loop.
+
+        Raises:
+            StoreFailed: Too many wait for that already.
+        """
+        return await self._file.aside(call)
 
     def issued(self) -> tuple[Issued, ...]:
         """Every token that was given out, the latest first.
@@ -142,13 +179,29 @@ class TokenLedger:
         Raises:
             StoreFailed: They cannot be read now.
         """
-        rows = self._run(
-            lambda: self._connection.execute(
-                "SELECT id, principal, scope, issued_at, expires_at, revoked_at"
-                " FROM issued LEFT JOIN revoked USING (id) ORDER BY issued_at DESC, id"
-            ).fetchall()
-        )
+        statement = f"{_LINES} ORDER BY issued_at DESC, id"
+        rows = self._file.read(lambda file: file.execute(statement).fetchall())
         return tuple(Issued(*row) for row in rows)
+
+    def find(self, token_id: str) -> Issued | None:
+        """One token that was given out.
+
+        Raises:
+            StoreFailed: It cannot be read now.
+        """
+        statement = f"{_LINES} WHERE id = ?"
+        row = self._file.read(lambda file: file.execute(statement, (token_id,)).fetchone())
+        return None if row is None else Issued(*row)
+
+    def node_owner(self, key: bytes) -> str | None:
+        """Whose a node's public key is, if somebody came with it.
+
+        Raises:
+            StoreFailed: It cannot be read now.
+        """
+        statement = "SELECT principal FROM nodes WHERE key = ?"
+        row = self._file.read(lambda file: file.execute(statement, (key,)).fetchone())
+        return None if row is None else str(row[0])
 
     def is_revoked(self, token_id: str) -> bool:
         """Whether a token counts no more, by this process or another.
@@ -159,40 +212,16 @@ class TokenLedger:
             StoreFailed: That cannot be read now.
         """
 
-        def read() -> None:
-            # The one counts what other connections committed, the other what this one wrote.
-            (version,) = self._connection.execute("PRAGMA data_version").fetchone()
-            (count,) = self._connection.execute("SELECT total_changes()").fetchone()
-            if (version, count) != self._version:
-                rows = self._connection.execute("SELECT id FROM revoked").fetchall()
+        def read(file: sqlite3.Connection) -> None:
+            (version,) = file.execute("PRAGMA data_version").fetchone()  # what others committed
+            if version != self._version:
+                rows = file.execute("SELECT id FROM revoked").fetchall()
                 self._revoked = frozenset(row[0] for row in rows)
-                self._version = version, count
+                self._version = version
 
-        self._run(read)
+        self._file.read(read)
         return token_id in self._revoked
 
     def close(self) -> None:
         """Let go of the file."""
-        self._connection.close()
-
-    def _run(self, work: Callable[[], _Result]) -> _Result:
-        try:
-            return work()
-        except sqlite3.Error as error:
-            raise _explained(error, self._path) from error
-
-
-def _check_identity(connection: sqlite3.Connection, path: Path) -> None:
-    (found,) = connection.execute("PRAGMA application_id").fetchone()
-    if found not in {0, _APPLICATION_ID}:
-        raise Corrupt(f"{path} is not a list of tokens: move it away")
-
-
-def _explained(error: Exception, path: Path) -> Exception:
-    if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
-        return Corrupt(
-            f"{path} is damaged ({error}): move it away, and revoke again what was revoked"
-        )
-    if isinstance(error, sqlite3.Error):
-        return StoreFailed(f"{path} cannot be used now ({error})")
-    return error
+        self._file.close()

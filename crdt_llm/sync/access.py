@@ -15,6 +15,7 @@ import hmac
 import os
 from base64 import urlsafe_b64encode
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
@@ -22,8 +23,13 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from crdt_llm.document.keys import read_or_make
-from crdt_llm.document.schema import PRINCIPAL_CHARACTERS_MAX, Grant, is_conversation_id
-from crdt_llm.errors import Corrupt, LocalMisuse
+from crdt_llm.document.schema import (
+    PRINCIPAL_CHARACTERS_MAX,
+    WHOLE_MAX,
+    Grant,
+    is_conversation_id,
+)
+from crdt_llm.errors import Corrupt, Forbidden, LocalMisuse
 from crdt_llm.store.token_ledger import Issued
 from crdt_llm.sync.loopback import is_loopback
 
@@ -44,6 +50,12 @@ TOKEN_CHARACTERS_MAX: Final = 8 << 10
 
 SCOPES_MAX: Final = 100
 """Conversations that one token names: it travels with every connection."""
+
+INVITATION_MS: Final = 366 * 86_400_000
+"""How long an invitation counts that was not given an end: a year. Nobody renews a guest's."""
+
+INVITATIONS_MAX: Final = 1000
+"""Invitations of one principal that count at a time: each is a line that every list shows."""
 
 GUEST: Final = "guest:"
 """What the principals of invitations begin with, so that nobody takes them for somebody known."""
@@ -194,27 +206,32 @@ class Authority:
             return False
         return not found.id or not self._ledger.is_revoked(found.id)
 
-    def issue(
+    def issue(  # noqa: PLR0913 - all that is noted of a token
         self,
         principal: str,
         *,
         expires_at: int | None = None,
         node: bool = False,
         conversations: Mapping[str, Grant] | None = None,
+        inviter: str | None = None,
+        name: str | None = None,
     ) -> tuple[str, Pass]:
-        """Make a token and note it.
+        """Make a token and note it, which may wait for the disk.
 
         Args:
             principal: Whom it stands for.
             expires_at: ms since 1970; ``None`` never.
             node: Whether it is for an inference node.
             conversations: The most that it allows, by conversation; ``None`` is everywhere.
+            inviter: Whose invitation it is.
+            name: Whom the inviter means it for.
 
         Returns:
             The token, which is kept nowhere, and what it proves.
 
         Raises:
             LocalMisuse: Not for such a name, time or scope.
+            TooLarge: Too many invitations of the same principal count.
             StoreFailed: It could not be noted, so it was not made.
         """
         if not 0 < len(principal) <= PRINCIPAL_CHARACTERS_MAX or not principal.isprintable():
@@ -222,6 +239,8 @@ class Authority:
         now = self._clock()
         if expires_at is not None and expires_at <= now:
             raise LocalMisuse("that token would have ended before it was made")
+        if expires_at is not None and expires_at > WHOLE_MAX:
+            raise LocalMisuse("that token would end later than a time can say: leave its end out")
         if conversations is not None:
             if not 0 < len(conversations) <= SCOPES_MAX:
                 raise LocalMisuse(f"a token names 1 to {SCOPES_MAX} conversations")
@@ -230,32 +249,85 @@ class Authority:
         token_id = self._random(_ID_BYTES).hex()
         made = Pass(principal, token_id, expires_at, node, conversations)
         scope = "node" if node else _scope_of(conversations)
-        self._ledger.record(Issued(token_id, principal, scope, now, expires_at))
+        line = Issued(token_id, principal, scope, now, expires_at, inviter=inviter, name=name)
+        self._ledger.record(line, invitations_max=INVITATIONS_MAX)
         return self._sign(made, now), made
 
-    def invite(
-        self, conversation: str, role: Grant, expires_at: int | None = None
+    async def invite(
+        self,
+        conversation: str,
+        role: Grant,
+        expires_at: int | None = None,
+        *,
+        inviter: str,
+        name: str | None = None,
     ) -> tuple[str, Pass]:
         """A token for a guest who is nobody elsewhere.
 
         It opens nothing by itself: an owner gives the guest's principal its right in the document.
 
+        Args:
+            conversation: Where.
+            role: The most that it allows there.
+            expires_at: ms since 1970; ``None`` in :data:`INVITATION_MS`.
+            inviter: Who invites.
+            name: Whom, for people.
+
         Raises:
             LocalMisuse: Nobody is invited as an owner, and see :meth:`issue`.
+            TooLarge: See :meth:`issue`.
             StoreFailed: See :meth:`issue`.
         """
         if role is Grant.OWNER:
             raise LocalMisuse("invite writers or readers; an owner makes owners in the document")
+        ends = self._clock() + INVITATION_MS if expires_at is None else expires_at
         guest = GUEST + self._random(_ID_BYTES).hex()
-        return self.issue(guest, expires_at=expires_at, conversations={conversation: role})
+        issue = partial(
+            self.issue,
+            guest,
+            expires_at=ends // 1000 * 1000,  # a token says seconds
+            conversations={conversation: role},
+            inviter=inviter,
+            name=name,
+        )
+        return await self._ledger.aside(issue)
+
+    async def admit_node(self, found: Pass, key: bytes) -> None:
+        """Bind a node's public key to the principal that comes with it first, for good.
+
+        A connection only claims its key. So what protects a node's leases from whoever has another
+        node's token is that the key came with another principal before.
+
+        Args:
+            found: What its token proves.
+            key: The node's public key.
+
+        Raises:
+            Forbidden: The key is another principal's.
+            StoreFailed: It cannot be found out or noted now.
+        """
+        owner = self._ledger.node_owner(key)
+        if owner is None:
+            claim = partial(self._ledger.claim_node, key, found.principal, self._clock())
+            owner = await self._ledger.aside(claim)
+        if owner != found.principal:
+            raise Forbidden("not-your-node", "this node's key came with another principal before")
 
     def revoke(self, token_id: str) -> None:
-        """End a token, on live connections too.
+        """End a token, on live connections too; it may wait for the disk.
 
         Raises:
             StoreFailed: It could not be noted.
         """
         self._ledger.revoke(token_id, self._clock())
+
+    async def revoke_aside(self, token_id: str) -> None:
+        """The same, without holding up the event loop.
+
+        Raises:
+            StoreFailed: It could not be noted.
+        """
+        await self._ledger.aside(partial(self.revoke, token_id))
 
     def conversations_of(self, token_id: str) -> frozenset[str] | None:
         """The conversations that a token was issued for; ``None`` if everywhere, or unknown.
@@ -263,7 +335,7 @@ class Authority:
         Raises:
             StoreFailed: It cannot be found out now.
         """
-        issued = next((one for one in self._ledger.issued() if one.id == token_id), None)
+        issued = self._ledger.find(token_id)
         named = [] if issued is None else [one.split(" of ") for one in issued.scope.split(", ")]
         scoped = all(len(one) == 2 for one in named)  # noqa: PLR2004 - a role, a conversation
         return frozenset(one[1] for one in named) if named and scoped else None

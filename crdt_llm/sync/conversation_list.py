@@ -157,13 +157,13 @@ class ConversationLists:
         """
         return _grant(found, conversation, await self._summary(conversation))
 
-    def put_away(self, principal: str, conversation: str, *, archived: bool) -> None:
+    async def put_away(self, principal: str, conversation: str, *, archived: bool) -> None:
         """Put a conversation away in a principal's own list, or take it back.
 
         Raises:
             StoreFailed: It is as it was.
         """
-        self._archive.put(principal, conversation, archived=archived)
+        await self._archive.put(principal, conversation, archived=archived)
         self._mark(conversation)
 
     async def close(self) -> None:

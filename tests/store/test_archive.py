@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_what_was_put_away_stays_so_for_that_principal(tmp_path: Path) -> None:
+async def test_what_was_put_away_stays_so_for_that_principal(tmp_path: Path) -> None:
     path = tmp_path / "archive.db"
     archive = Archive.open(path)
-    archive.put("ada", "one", archived=True)
-    archive.put("ada", "one", archived=True)
-    archive.put("ada", "two", archived=True)
-    archive.put("ada", "two", archived=False)
-    archive.put("bob", "three", archived=True)
+    await archive.put("ada", "one", archived=True)
+    await archive.put("ada", "one", archived=True)
+    await archive.put("ada", "two", archived=True)
+    await archive.put("ada", "two", archived=False)
+    await archive.put("bob", "three", archived=True)
     archive.close()
     archive = Archive.open(path)
     assert archive.of("ada") == {"one"}
@@ -28,9 +28,9 @@ def test_what_was_put_away_stays_so_for_that_principal(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_memory_will_do() -> None:
+async def test_memory_will_do() -> None:
     archive = Archive.open(None)
-    archive.put("ada", "one", archived=True)
+    await archive.put("ada", "one", archived=True)
     assert archive.of("ada") == {"one"}
     archive.close()
 

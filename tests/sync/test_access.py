@@ -11,8 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from crdt_llm.document.schema import Grant
-from crdt_llm.errors import Corrupt, LocalMisuse
+from crdt_llm.errors import Corrupt, Forbidden, LocalMisuse, TooLarge
 from crdt_llm.store.token_ledger import TokenLedger
+from crdt_llm.sync import access as access_module
 from crdt_llm.sync.access import (
     GUEST,
     OWNER,
@@ -174,14 +175,47 @@ def test_a_revoked_token_counts_no_more(world: World) -> None:
     assert world.authority.authenticate(kept) is not None
 
 
-def test_an_invitation_is_for_one_conversation_and_a_guest_of_its_own(world: World) -> None:
-    _, first = world.authority.invite("A" * 22, Grant.WRITER)
-    _, second = world.authority.invite("A" * 22, Grant.WRITER)
+async def test_an_invitation_is_for_one_conversation_and_a_guest_of_its_own(world: World) -> None:
+    _, first = await world.authority.invite("A" * 22, Grant.WRITER, inviter="ada", name="Bob")
+    _, second = await world.authority.invite("A" * 22, Grant.WRITER, inviter="ada")
     assert first.principal.startswith(GUEST)
     assert first.principal != second.principal
     assert first.conversations == {"A" * 22: Grant.WRITER}
     with pytest.raises(LocalMisuse, match="invite writers or readers"):
-        world.authority.invite("A" * 22, Grant.OWNER)
+        await world.authority.invite("A" * 22, Grant.OWNER, inviter="ada")
+    lines = {line.id: (line.inviter, line.name) for line in world.ledger.issued()}
+    assert lines == {first.id: ("ada", "Bob"), second.id: ("ada", None)}
+
+
+async def test_an_invitation_ends_in_a_year_where_nothing_else_is_said(world: World) -> None:
+    token, made = await world.authority.invite("A" * 22, Grant.WRITER, inviter="ada")
+    assert world.authority.authenticate(token) == made
+    assert made.expires_at == world.now_ms + access_module.INVITATION_MS
+
+
+async def test_invitations_that_count_are_bounded_by_principal(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access_module, "INVITATIONS_MAX", 2)
+    _, first = await world.authority.invite("A" * 22, Grant.WRITER, inviter="ada")
+    await world.authority.invite("A" * 22, Grant.READER, world.now_ms + 1_000, inviter="ada")
+    with pytest.raises(TooLarge, match="revoke some"):
+        await world.authority.invite("A" * 22, Grant.WRITER, inviter="ada")
+    assert len(world.ledger.issued()) == 2
+    await world.authority.invite("A" * 22, Grant.WRITER, inviter="bob")
+    await world.authority.revoke_aside(first.id)
+    await world.authority.invite("A" * 22, Grant.WRITER, inviter="ada")
+    world.now_ms += 1_000
+    await world.authority.invite("A" * 22, Grant.WRITER, inviter="ada")
+
+
+async def test_a_nodes_key_is_that_of_the_principal_that_came_with_it_first(world: World) -> None:
+    mine, other = Pass("node-1", "a", node=True), Pass("node-2", "b", node=True)
+    for _ in range(2):
+        await world.authority.admit_node(mine, b"k" * 32)
+    with pytest.raises(Forbidden):
+        await world.authority.admit_node(other, b"k" * 32)
+    await world.authority.admit_node(other, b"l" * 32)
 
 
 @given(st.data())

@@ -146,7 +146,7 @@ async def test_what_was_put_away_is_so_for_its_principal_alone() -> None:
     await owner.membership.submit(replica.grant("friend", Grant.WRITER))
     watching, friend = Watching(world, Pass("owner")), Watching(world, Pass("friend"))
     await turns()
-    world.lists.put_away("owner", CONVERSATION, archived=True)
+    await world.lists.put_away("owner", CONVERSATION, archived=True)
     await world.on()
     assert watching.lines[CONVERSATION]["archived"] is True
     assert friend.lines[CONVERSATION]["archived"] is False

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import asyncio
+import sqlite3
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from sync.device import BIRTH, CONVERSATION
 from sync.native import Native
-from sync.rooms import Place, born
+from sync.rooms import Place, born, turns
 
 from crdt_llm.document.schema import Grant
 from crdt_llm.errors import StoreFailed
@@ -14,7 +16,7 @@ from crdt_llm.store.token_ledger import TokenLedger
 from crdt_llm.sync.access import Authority, Pass
 from crdt_llm.sync.conversation_list import ConversationLists
 from crdt_llm.sync.frames import Answer, Request
-from crdt_llm.sync.requests import Requests
+from crdt_llm.sync.requests import INVITES_PER_MINUTE, REQUESTS_PER_SECOND, Requests
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -32,7 +34,8 @@ class World:
         self.lists = ConversationLists(self.place.hub, self.archive, clock=lambda: 1_000)
         self.ledger = TokenLedger.open(path / "tokens.db")
         self.authority = Authority("owners", b"s" * 32, self.ledger, clock=lambda: 1_000)
-        self.requests = Requests(self.lists, self.authority)
+        self.now_s = 0.0
+        self.requests = Requests(self.lists, self.authority, clock=lambda: self.now_s)
         self.device: Device
 
     async def ask(self, principal: str | Pass, request: str, /, **arguments: Any) -> Answer:
@@ -117,6 +120,8 @@ async def test_strangers_put_nothing_away(world: World) -> None:
         ("invite", {"conversation": CONVERSATION, "role": "owner"}),
         ("invite", {"conversation": CONVERSATION, "role": "writer", "expires_at": "soon"}),
         ("invite", {"conversation": CONVERSATION, "role": "writer", "expires_at": 1}),
+        ("invite", {"conversation": CONVERSATION, "role": "writer", "expires_at": 2**53}),
+        ("invite", {"conversation": CONVERSATION, "role": "writer", "expires_at": 2**63}),
         ("invite", {"conversation": CONVERSATION, "role": "writer", "name": "x" * 201}),
         ("revoke", {"id": None}),
     ],
@@ -129,12 +134,59 @@ async def test_what_makes_no_sense_is_said(
     assert answer.reason
 
 
+async def test_an_invitation_says_when_it_ends_and_notes_whom_it_is_for(world: World) -> None:
+    answer = await world.ask(
+        "owner", "invite", conversation=CONVERSATION, role="reader", name="my aunt"
+    )
+    assert answer.values is not None
+    found = world.authority.authenticate(answer.values["token"])
+    assert found is not None
+    assert found.expires_at == answer.values["expires_at"] > 1_000
+    (line,) = world.ledger.issued()
+    assert (line.inviter, line.name) == ("owner", "my aunt")
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "again_s"),
+    [("invite", INVITES_PER_MINUTE, 6.0), ("archive", REQUESTS_PER_SECOND, 0.1)],
+)
+async def test_who_asks_too_often_waits(
+    world: World, name: str, count: int, again_s: float
+) -> None:
+    given = {"role": "reader"} if name == "invite" else {"archived": True}
+
+    async def ask(principal: str = "owner") -> str:
+        return (await world.ask(principal, name, conversation=CONVERSATION, **given)).code
+
+    assert [await ask() for _ in range(count + 1)] == [""] * count + ["unavailable"]
+    assert await ask("friend") != "unavailable"
+    world.now_s += again_s
+    assert [await ask() for _ in range(2)] == ["", "unavailable"]
+
+
+async def test_nobody_waits_for_another_process_that_holds_the_files(
+    world: World, tmp_path: Path
+) -> None:
+    other = sqlite3.connect(tmp_path / "tokens.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    inviting = asyncio.ensure_future(
+        world.ask("owner", "invite", conversation=CONVERSATION, role="reader")
+    )
+    await turns()
+    assert world.ledger._file._waiting == 1
+    assert not world.ledger.is_revoked("any")
+    assert not inviting.done()
+    other.execute("COMMIT")
+    other.close()
+    assert (await inviting).code == ""
+
+
 async def test_an_unknown_request_is_answered(world: World) -> None:
     assert (await world.ask("owner", "dance")).code == "unknown"
 
 
 async def test_a_failing_store_says_later(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
+    async def fail(*_: object, **__: object) -> None:
         raise StoreFailed("the disk is full")
 
     monkeypatch.setattr(world.archive, "put", fail)
