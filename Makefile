@@ -63,8 +63,11 @@ demo: install
 	$(BIN)/python bench/demo.py
 
 bench: install
-	$(BIN)/python bench/chat.py
+	$(BIN)/python bench/chat.py --plots bench/plots
+	$(BIN)/python bench/chat.py --short --without transformers --plots bench/plots
+	$(BIN)/python bench/many.py
 	$(BIN)/python bench/relay.py
+	$(BIN)/python bench/checks.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
