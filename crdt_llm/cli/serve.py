@@ -190,6 +190,7 @@ async def serve(
             hub,
             authenticate=authority.authenticate,
             is_valid=authority.is_valid,
+            admit_node=authority.admit_node,
             identity=RelayIdentity(relay_key.public, log.log_id),
             leases=office,
             lists=lists,

@@ -34,13 +34,16 @@ from crdt_llm.store.token_ledger import Issued
 from crdt_llm.sync.loopback import is_loopback
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
     from pathlib import Path
 
     from crdt_llm.store.token_ledger import TokenLedger
 
 Authenticate: TypeAlias = "Callable[[str | None], Pass | None]"
 """A token, or ``None`` if there was none, to what it proves, or ``None``."""
+
+AdmitNode: TypeAlias = "Callable[[Pass, bytes], Awaitable[None]]"
+"""Lets a node's public key in with what a token proves, or raises a ``CrdtLlmError``."""
 
 OWNER: Final = "owner"
 TOKEN_BYTES: Final = 32  # as hard to guess as the keys it stands beside

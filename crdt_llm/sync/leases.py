@@ -15,10 +15,11 @@ L1. At most one holder a conversation. A new holder gets a new epoch.
 L2. A lease is over when it was not renewed for its ttl, or at once when it is given back. A
     connection that ends does not end its leases: the node may be back within the ttl.
 L3. The same node (its public key) that comes back within the ttl, on another connection, goes on
-    under the epoch that it has; its old connection, should it still be there, holds nothing.
+    under the epoch that it has; its old connection, should it still be there, holds nothing. The
+    key alone is public: whoever lets nodes in sees to it that one key is one principal's.
 L4. The node in the relay's own process goes first: nothing that it computes crosses a wire. It
-    takes over at once, and its leases do not run out. (A reply that was begun elsewhere is resumed
-    at the next token.)
+    takes over at once, its leases do not run out, and nobody takes them by its key. (A reply that
+    was begun elsewhere is resumed at the next token.)
 L5. Who waits is given the lease unasked, in the order of asking, as soon as it is free.
 L6. Whoever loses a lease is told (:class:`Ended`) before anybody else is granted it. Whoever wires
     holders to rooms must stop its writes in that very call, and likewise when its connection ends:
@@ -190,7 +191,7 @@ class LeaseDesk:
                 lease.grant = Grant(conversation, holder)
                 events.append(lease.grant)
             return events  # else the answer to the first question is on its way
-        if lease.holder.node == holder.node:  # L3
+        if lease.holder.node == holder.node and not lease.holder.embedded:  # L3
             if lease.is_connected:
                 events.append(
                     Ended(conversation, lease.holder, "your node has come back elsewhere")

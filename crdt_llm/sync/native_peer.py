@@ -26,6 +26,7 @@ from crdt_llm.sync.native_session import (
     Exit,
     Greet,
     NativeSession,
+    Phase,
     Send,
     Submit,
 )
@@ -43,7 +44,7 @@ from crdt_llm.sync.work import WorkList
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from crdt_llm.sync.access import Pass
+    from crdt_llm.sync.access import AdmitNode, Pass
     from crdt_llm.sync.conversation_list import ConversationLists, Lines
     from crdt_llm.sync.drafts import Drafts
     from crdt_llm.sync.frames import Change, Open
@@ -96,6 +97,7 @@ class NativeConnection:
         hub: The rooms.
         identity: Of this relay.
         admit: What a token proves; raises if that is nothing.
+        admit_node: Whether a node's key may come with what a token proves; raises if not.
         came_with: The token of the handshake, if there was one.
         address: Where it comes from, if that is known.
         leases: Where nodes get theirs; ``None`` if there are none to be had.
@@ -112,6 +114,7 @@ class NativeConnection:
         identity: RelayIdentity,
         *,
         admit: Callable[[str | None], Pass],
+        admit_node: AdmitNode | None = None,
         came_with: str | None,
         address: str | None = None,
         wake: Callable[[], None],
@@ -126,6 +129,7 @@ class NativeConnection:
         self._hub = hub
         self._identity = identity
         self._admit = admit
+        self._admit_node = admit_node
         self._came_with = came_with
         self.address = address
         self._wake = wake
@@ -164,6 +168,8 @@ class NativeConnection:
                     await channel.submit(event)
             elif isinstance(event, Request):
                 await self._answer(event)
+            elif isinstance(event, Greet):
+                await self._greet(event.hello)
             else:
                 self._follow(event)
 
@@ -280,8 +286,6 @@ class NativeConnection:
         match event:
             case Send(frame):
                 self._send(frame)
-            case Greet(hello):
-                self._greet(hello)
             case Enter(wish):
                 self._enter(wish)
             case Exit(number):
@@ -304,7 +308,7 @@ class NativeConnection:
                 self._watch(on=on)
             case Close(code, reason):
                 self._close(code, reason)
-            case Submit() | Request():
+            case Submit() | Request() | Greet():
                 raise AssertionError("these are carried out where waiting is possible")
             case _:
                 assert_never(event)
@@ -350,19 +354,13 @@ class NativeConnection:
             case frames.Closed(code=closed) if closed != LEFT:
                 self._metrics.refused(str(closed))
 
-    def _greet(self, hello: frames.Hello) -> None:
-        token = self._came_with if hello.token is None else hello.token
+    async def _greet(self, hello: frames.Hello) -> None:
         try:
-            found = self._admit(token)
+            found = await self._proved_by(hello)
         except CrdtLlmError as error:
             self.refuse(error)
             return
-        if hello.node is not None and not found.node:
-            self.refuse(AuthenticationFailed("not-a-node", "that token is no node's"))
-            return
-        if self._standing is not None and hello.node != self._standing.node:
-            other = "a connection stays that of one node, or of none"
-            self.refuse(AuthenticationFailed("another-node", other))
+        if self._session.phase is Phase.CLOSED:  # meanwhile
             return
         welcome = frames.Welcome(
             frames.VERSION,
@@ -374,6 +372,17 @@ class NativeConnection:
         self._follow_all(self._session.accept(welcome, node=hello.node is not None))
         if self.close_code is None:
             self._stand(Standing(found, hello.node))
+
+    async def _proved_by(self, hello: frames.Hello) -> Pass:
+        found = self._admit(self._came_with if hello.token is None else hello.token)
+        if hello.node is not None and not found.node:
+            raise AuthenticationFailed("not-a-node", "that token is no node's")
+        if self._standing is not None and hello.node != self._standing.node:
+            other = "a connection stays that of one node, or of none"
+            raise AuthenticationFailed("another-node", other)
+        if hello.node is not None and self._standing is None and self._admit_node is not None:
+            await self._admit_node(found, hello.node)
+        return found
 
     def _stand(self, standing: Standing) -> None:
         """From now on this counts, and nothing of what a token proved before."""

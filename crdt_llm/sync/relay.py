@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from websockets.http11 import Request
     from websockets.typing import Subprotocol
 
-    from crdt_llm.sync.access import Authenticate, Pass
+    from crdt_llm.sync.access import AdmitNode, Authenticate, Pass
     from crdt_llm.sync.conversation_list import ConversationLists
     from crdt_llm.sync.hub import Hub
     from crdt_llm.sync.leases import LeaseOffice
@@ -142,6 +142,8 @@ class Relay:
         hub: The rooms. :meth:`stop` closes it.
         authenticate: What a token proves.
         is_valid: Whether what it proved still counts; asked of live connections again and again.
+        admit_node: Lets a node's key in with what its token proves; ``None`` lets every key in, but
+            those in ``node_keys``.
         leases: Where nodes get their leases; ``None`` if there are none to be had.
         lists: The conversation lists of the native dialect; :meth:`stop` closes them.
         requests: What clients of the native dialect may ask for.
@@ -164,6 +166,7 @@ class Relay:
         authenticate: Authenticate,
         is_valid: Callable[[Pass], bool] = lambda _: True,
         identity: RelayIdentity | None = None,
+        admit_node: AdmitNode | None = None,
         leases: LeaseOffice | None = None,
         lists: ConversationLists | None = None,
         requests: Requests | None = None,
@@ -180,6 +183,7 @@ class Relay:
         self._authenticate = authenticate
         self._is_valid = is_valid
         self._identity = identity
+        self._bind_node = admit_node
         self._lists = lists
         self._requests = requests
         self._leases = leases
@@ -449,6 +453,7 @@ class Relay:
             self._hub,
             identity,
             admit=admit,
+            admit_node=self._admit_node,
             came_with=token,
             address=address or None,
             wake=wire.wake,
@@ -472,6 +477,12 @@ class Relay:
         if found is None:
             raise AuthenticationFailed("unauthenticated", "a valid token is needed")
         return found
+
+    async def _admit_node(self, found: Pass, key: bytes) -> None:
+        if key in self._node_keys:
+            raise Forbidden("not-your-node", "that key is this relay's own node's")
+        if self._bind_node is not None:
+            await self._bind_node(found, key)
 
     async def _run(
         self,

@@ -205,6 +205,13 @@ def test_the_embedded_node_takes_over_at_once_and_never_runs_out(
     assert granted(desk, events) is second
 
 
+def test_nobody_takes_a_lease_of_the_embedded_node_by_its_key(desk: LeaseDesk) -> None:
+    house = Node(b"3" * 32, embedded=True)
+    granted(desk, desk.want(HERE, house))
+    assert kinds(desk.want(HERE, Node(house.node))) == [Wait]
+    assert desk.holder(HERE) is house
+
+
 def test_a_grant_whose_holder_went_meanwhile_does_not_stand(desk: LeaseDesk, first: Node) -> None:
     (grant,) = desk.want(HERE, first)
     assert isinstance(grant, Grant)

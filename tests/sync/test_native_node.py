@@ -13,6 +13,7 @@ from sync.rooms import Place, born, turns
 from crdt_llm.document.chain import lease_message
 from crdt_llm.document.keys import SigningKey, verify
 from crdt_llm.document.schema import Birth, Grant, conversation_id
+from crdt_llm.errors import Forbidden, Unavailable
 from crdt_llm.store.register import MemoryRegister
 from crdt_llm.sync import drafts as drafts_module
 from crdt_llm.sync.access import Pass
@@ -168,6 +169,42 @@ async def test_a_connection_stays_that_of_one_node(key: bytes | None) -> None:
     world.office.tick()
     await turns()
     assert [lease.epoch for lease in two.down() if isinstance(lease, Leased)] == [2]
+
+
+async def test_a_nodes_key_that_is_not_let_in_is_final_and_asked_for_once() -> None:
+    asked: list[tuple[str, bytes]] = []
+
+    async def admit_node(found: Pass, key: bytes) -> None:
+        asked.append((found.principal, key))
+        if key != NODE_KEYS[0]:
+            raise Forbidden("not-your-node", "it is another's")
+
+    node = Native(Place(), "node", admit_node=admit_node)
+    await node.greet(NODE_KEYS[0])
+    await node.greet(NODE_KEYS[0])
+    assert asked == [("node", NODE_KEYS[0])]
+    impostor = Native(Place(), "node", admit_node=admit_node)
+    await impostor.send(Hello(VERSION, "node", "test", NODE_KEYS[1]))
+    assert impostor.connection.close_code is CloseCode.FORBIDDEN
+    assert impostor.connection.node_key is None
+
+
+async def test_a_connection_that_went_while_its_key_was_looked_at_stays_gone() -> None:
+    looked_at, gate = asyncio.Event(), asyncio.Event()
+
+    async def admit_node(found: Pass, key: bytes) -> None:
+        del found, key
+        looked_at.set()
+        await gate.wait()
+
+    node = Native(Place(), "node", admit_node=admit_node)
+    greeting = asyncio.ensure_future(node.send(Hello(VERSION, "node", "test", NODE_KEYS[0])))
+    await looked_at.wait()
+    node.connection.refuse(Unavailable("say who you are sooner"))
+    gate.set()
+    await greeting
+    assert node.connection.close_code is CloseCode.TRY_AGAIN
+    assert node.down() == []
 
 
 async def test_a_device_does_not_become_a_node() -> None:

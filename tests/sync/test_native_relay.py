@@ -13,6 +13,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from crdt_llm.errors import StoreFailed
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
+from crdt_llm.store.token_ledger import TokenLedger
+from crdt_llm.sync.access import Authority, Pass
 from crdt_llm.sync.frames import (
     HELLO_BYTES_MAX,
     SUBPROTOCOL,
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection
     from websockets.typing import Subprotocol
 
-    from crdt_llm.sync.access import Pass
     from crdt_llm.sync.frames import FromClient, FromRelay
 
 Kind = TypeVar("Kind")
@@ -254,6 +255,26 @@ async def test_clients_find_the_relays_key_and_its_nodes() -> None:
                 "bm5ubm5ubm5ubm5ubm5ubm5ubm5ubm5ubm5ubm5ubm4",
             ],
         }
+
+
+async def test_nobody_comes_with_the_key_of_the_relays_own_node() -> None:
+    async with serving(node_keys=(b"e" * 32,)) as served, served.open() as socket:
+        await send(socket, Hello(1, "node", "test", b"e" * 32))
+        assert await end_of(socket) == CloseCode.FORBIDDEN
+
+
+async def test_a_nodes_key_is_one_principals(tmp_path: Path) -> None:
+    ledger = TokenLedger.open(tmp_path / "tokens.db")
+    authority = Authority("owners", b"s" * 32, ledger, clock=lambda: 1_000)
+    async with serving(admit_node=authority.admit_node) as served:
+        served.passes["other"] = Pass("another node", node=True)
+        async with served.open() as socket:
+            await send(socket, Hello(1, "node", "test", b"n" * 32))
+            await read(socket, Welcome)
+        async with served.open() as socket:
+            await send(socket, Hello(1, "other", "test", b"n" * 32))
+            assert await end_of(socket) == CloseCode.FORBIDDEN
+    ledger.close()
 
 
 async def test_a_relay_without_a_key_is_not_well_known() -> None:
