@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 def secrets_of(serving: Serving) -> list[str]:
     """The token and the keys in every form that a log could give them."""
-    keys = [path.read_bytes() for path in (serving.folder.path / "keys").iterdir()]
-    assert len(keys) == 3
+    names = ("master", "node", "relay", "token")
+    keys = [serving.folder.key(name).read_bytes() for name in names]
+    assert len(list((serving.folder.path / "keys").iterdir())) == len(names)
     forms = [serving.token]
     for key in keys:
         forms += [key.hex(), b64encode(key).decode().rstrip("="), repr(key)[2:-1]]
