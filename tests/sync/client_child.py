@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 from pathlib import Path
 
 from crdt_llm import Client
+
+
+def text(number: int) -> str:
+    """What it says in its nth message."""
+    return f"{number:06} {'x' * 100}"
 
 
 async def main(url: str, folder: str) -> None:
@@ -15,8 +21,8 @@ async def main(url: str, folder: str) -> None:
         known = await client.conversations()
         conversation = await client.open(known[0]) if known else await client.create()
         print(conversation.id, flush=True)  # noqa: T201 - this is how it talks to the test
-        while True:
-            reply = await conversation.ask("x" * 100)
+        for number in itertools.count():
+            reply = await conversation.ask(text(number))
             print(reply.id, flush=True)  # noqa: T201 - as above
 
 

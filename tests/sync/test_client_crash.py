@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +15,12 @@ from sync import client_child
 from sync.relay_partner import Partner
 
 from crdt_llm import Client
+from crdt_llm.sync.frames import Code
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from crdt_llm.sync.frames import Restore, Update
 
 NOBODY = "ws://127.0.0.1:9/"  # the discard port: a relay that is never there
 
@@ -50,7 +55,50 @@ async def test_everything_acknowledged_survives_sigkill(tmp_path: Path, seed: in
         opened = await client.open(conversation)
         for slot in acknowledged:
             asked = opened.entry(slot)
-            assert opened.entry(asked.born.after).content == "x" * 100  # both or none
+            assert opened.entry(asked.born.after).content.endswith("x" * 100)  # both or none
         await opened.synced_once()
         assert set(acknowledged) <= set(relay.document(conversation).tree.entries)
         await opened.send("and on it goes")
+
+
+def refuse_some(message: Update | Restore) -> tuple[Code, str, str] | None:
+    """Refuse every message with a number that ends with 3 or 7."""
+    offends = re.search(rb"\d{5}[37] x", message.update)
+    return None if offends is None else (Code.INVALID, "content", "not that number")
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_what_was_refused_around_sigkill_is_a_draft_or_still_to_be_refused(
+    tmp_path: Path, seed: int
+) -> None:
+    drawn = random.Random(f"refused {seed}")
+    acknowledged: list[str] = []
+    async with Partner(token=None) as relay:
+        relay.judge = refuse_some
+        for _ in range(2):
+            conversation, *written = await asyncio.to_thread(
+                write_until_killed, relay.url, tmp_path, drawn.randrange(5, 40)
+            )
+            acknowledged += written
+        async with Client(relay.url, data=tmp_path) as client:
+            opened = await client.open(conversation)
+            for slot in acknowledged:  # before the relay is asked once more
+                assert (slot in opened.document.tree) != (opened.refusal_of(slot) is not None)
+            await opened.synced_once()
+            kept = relay.document(conversation)
+            assert opened.document.tree.entries == kept.tree.entries
+            refused = 0
+            for slot in acknowledged:
+                draft = opened.refusal_of(slot)
+                if draft is None:
+                    text = kept.text(opened.entry(slot).born.after)
+                    assert text == opened.entry(opened.entry(slot).born.after).content
+                else:
+                    text = draft.text
+                    assert slot not in kept.tree
+                    refused += 1
+                assert text.endswith("x" * 100)
+                assert (draft is not None) == (text[5] in "37")
+            assert refused > 0
+            drafts = [entry for one in opened.refused_writes for entry in one.entries]
+            assert len(drafts) == len(set(drafts))  # none of them twice
