@@ -1,7 +1,8 @@
 """What a room keeps of its conversation in the register, and what it says after a loss.
 
 This module owns how a :class:`~crdt_llm.store.register.Row` follows from a document: whose the
-conversation is, who may do what, which admitted entries nothing stands behind, what was withdrawn.
+conversation is, who may do what, which admitted entries nothing stands behind, what was withdrawn;
+and how a row says whose a client id is.
 It must not know rooms, stores or sockets: it is pure, and rows go in and come out.
 
 A row changes with the facts in it, never with a token of a reply: :func:`follow` answers the very
@@ -23,7 +24,21 @@ if TYPE_CHECKING:
 
     from crdt_llm.document.conversation import Change, Conversation
 
-_FACTS: Final = frozenset({"place", "proof", "redacted"})
+ROOMS_OWN: Final = "room"
+"""Whose the client ids are that rooms wrote corrections under."""
+
+_NODE: Final = "node "
+_PERSON: Final = "person "
+
+
+def clients_of(principal: str, *, node: bool = False) -> str:
+    """How a row says whose a client id is: a node's is no person's, whatever their names."""
+    return (_NODE if node else _PERSON) + principal
+
+
+def are_of_a_node(whose: str | None) -> bool:
+    """Whether a client id that is known to be somebody's is a node's."""
+    return whose is not None and whose.startswith(_NODE)
 
 
 def first_row(conversation: Conversation) -> Row | None:

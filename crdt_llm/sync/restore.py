@@ -20,10 +20,19 @@ The rules, numbered so that tests can cite them; the word after each is the refu
   withdrew it and may.
 * X7 ``born``, ``content``, ``meta``, ``schema``, ``stop``, ``clock`` - all else has the forms that
   the schema gives it.
+* X8 ``frozen`` - what an entry without a place was born with stands there as its own client wrote
+  it, in the place of nothing else.
+* X9 ``stop``, ``node-field`` - a stop, and the end of an entry without a place, were written under
+  a client id that the register knows as that of whom the stop names, or as a node's. Only its own
+  stop a writer may bring under a new one.
+* X10 ``forbidden`` - whoever may only read, or has a token for that only, brings no entry in its
+  own name that the register does not know its client id of.
 
 Rights are the register's, whatever the document says (:func:`wrong_rights`), and what was withdrawn
-stays so (:func:`leftovers`). A pending entry of somebody else is carried, and waits for its author
-(:func:`unconfirmed`): nothing proves it but the replica that wrote it.
+stays so (:func:`leftovers`). Who may only read gives the conversation facts where it has none, if
+the register knows under whose client id they were written, and changes none (:func:`unearned`). A
+pending entry of somebody else is carried, and waits for its author (:func:`unconfirmed`): nothing
+proves it but the replica that wrote it.
 """
 
 from __future__ import annotations
@@ -51,15 +60,20 @@ from crdt_llm.document.schema import (
     whole,
 )
 from crdt_llm.document.seal import FINAL_CHUNK, place_of, verify_chunk
-from crdt_llm.errors import BadProof, Gap, Refused
+from crdt_llm.errors import BadProof, Forbidden, Gap, Refused
+from crdt_llm.sync.ledger import are_of_a_node, clients_of
+from crdt_llm.sync.provenance import client_of
+from crdt_llm.sync.rights import WRITERS, right_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from crdt_llm.document.conversation import Change, Conversation
     from crdt_llm.document.rules import Author
     from crdt_llm.document.schema import Entry
     from crdt_llm.store.register import Row
+    from crdt_llm.sync.provenance import Provenance
+    from crdt_llm.sync.structure import Struct
 
 CHUNK_SIGNATURES_MAX: Final = 20_000
 """Signatures that are tried to find where the chunks of one reply begin: 2 s in a thread's time,
@@ -79,6 +93,9 @@ class Claim:
         row: What the register says; of an import what the document itself does.
         author: Who brings it.
         relay: The relay's public key; ``None`` if there is none to check leases against.
+        clients: Client id -> whose it is, as far as that was known before.
+        known: The state vector from before the update.
+        sources: Where in the replica things stand.
         doubts: ``None`` to refuse what does not prove itself; a list to believe it, and to be told
             there, one line each.
     """
@@ -88,7 +105,19 @@ class Claim:
     row: Row
     author: Author
     relay: bytes | None
+    clients: Mapping[int, str]
+    known: Mapping[int, int]
+    sources: Provenance
     doubts: list[str] | None = field(default=None)
+
+    @property
+    def may_write(self) -> bool:
+        """Whether whoever brings it may write, as the register says and its token allows."""
+        return self.doubts is not None or right_of(self.row, self.author) in WRITERS
+
+    def brought(self, item: Struct | None) -> bool:
+        """Whether something came with this update, rather than was here before."""
+        return item is not None and item.end > self.known.get(item.client, 0)
 
     def doubt(self, code: str, reason: str) -> None:
         """Refuse, or take note."""
@@ -171,6 +200,7 @@ def _entry(claim: Claim, name: str) -> None:
         raise Refused("born", "an entry has a canonical id and a well-formed born")
     _form(claim, entry, born)
     _redaction(claim, entry)
+    _stop(claim, entry)
     if entry.place is None:
         _pending(claim, entry)
         return
@@ -208,8 +238,24 @@ def _form(claim: Claim, entry: Entry, born: dict[str, Any]) -> None:
 
 
 def _pending(claim: Claim, entry: Entry) -> None:
-    """X5."""
-    conversation = claim.conversation
+    """X5, X8, X9, X10."""
+    conversation, sources = claim.conversation, claim.sources
+    birth = sources.entry(entry.id)
+    beside = () if birth is None else (birth.origin, birth.right_origin)
+    if birth is None or any(one is not None and one.client != birth.client for one in beside):
+        claim.doubt("frozen", f"entry {entry.id} stands in the place of another")
+    for key in ("born", "content"):
+        item = sources.field(entry.id, key)
+        if birth is not None and item is not None and item.client != birth.client:
+            claim.doubt("frozen", f"{key} of entry {entry.id} is not what it was born with")
+    for key in sorted(_UNPLACED):
+        item = sources.field(entry.id, key)
+        if claim.brought(item) and not are_of_a_node(client_of(item, claim.clients)):
+            claim.doubt("node-field", f"no node that is known here wrote {key} of {entry.id}")
+    is_new = entry.born.author == claim.author.principal and claim.brought(birth)
+    own = clients_of(claim.author.principal)
+    if is_new and not claim.may_write and client_of(birth, claim.clients) != own:
+        raise Forbidden("forbidden", "you may not write in this conversation")
     found = {key for key in _NODE_FIELDS if conversation.has(entry.id, key)}
     if entry.is_slot and conversation.has(entry.id, "content"):
         found.add("content")
@@ -217,6 +263,20 @@ def _pending(claim: Claim, entry: Entry) -> None:
         found -= _UNPLACED
     if found:
         claim.doubt("node-field", f"entry {entry.id} has {min(found)} and no place")
+
+
+def _stop(claim: Claim, entry: Entry) -> None:
+    """X9."""
+    item = claim.sources.field(entry.id, "stop")
+    if not claim.brought(item):
+        return
+    named = claim.conversation.plain(entry.id, "stop")
+    whose = client_of(item, claim.clients)
+    if whose is None:
+        if named != claim.author.principal or not claim.may_write:
+            claim.doubt("stop", f"nobody stopped entry {entry.id}, as far as is known here")
+    elif not isinstance(named, str) or whose != clients_of(named):
+        claim.doubt("stop", f"another than {named!r} stopped entry {entry.id} in that name")
 
 
 def _admitted(claim: Claim, entry: Entry) -> None:
@@ -307,21 +367,13 @@ def _redaction(claim: Claim, entry: Entry) -> None:
     if name in claim.row.redacted:
         return
     principal = claim.author.principal
-    right = right_of(claim.row, principal)
+    right = right_of(claim.row, claim.author)
     may = right is Grant.OWNER or (right is Grant.WRITER and entry.born.author == principal)
     if said["by"] != principal or not may:
         claim.doubt("redacted", f"nobody withdrew entry {name}, as far as is known here")
 
 
 # -- what the register says -------------------------------------------------------------------
-
-
-def right_of(row: Row, principal: str) -> Grant | None:
-    """What the register says that a principal may do."""
-    if principal == row.owner:
-        return Grant.OWNER
-    given = row.access.get(principal, "")
-    return Grant(given) if given in Grant.__members__.values() else None
 
 
 def wrong_rights(conversation: Conversation, row: Row) -> dict[str, Grant | None]:
@@ -348,14 +400,89 @@ def leftovers(conversation: Conversation, row: Row) -> tuple[str, ...]:
     )
 
 
-def unconfirmed(claim: Claim) -> dict[str, str]:
-    """The pending entries that somebody else wrote, as far as this restore brought them."""
+def unearned(claim: Claim) -> dict[str, Any]:
+    """The facts of the conversation that must be put back, with what they were before.
+
+    Whoever may write may change them. Anybody else brings them only where there are none, and only
+    as somebody wrote them whose client id is known.
+    """
+    if claim.may_write:
+        return {}
+    return {
+        edit.key: edit.old
+        for edit in claim.change.edits
+        if edit.root == META
+        and edit.key not in {None, "schema", "birth"}
+        and (
+            edit.action != "add"
+            or client_of(claim.sources.meta(edit.key or ""), claim.clients) is None
+        )
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class InDoubt:
+    """A pending entry that somebody else than its author brought back.
+
+    Attributes:
+        author: In whose name it is written.
+        client: The client id that it was written under.
+        clocks: Those of the entry and of what it was born with.
+    """
+
+    author: str
+    client: int
+    clocks: range
+
+
+def unconfirmed(claim: Claim) -> dict[str, InDoubt]:
+    """The pending entries that wait for their author, as far as this restore touched them."""
     conversation = claim.conversation
-    found: dict[str, str] = {}
+    found: dict[str, InDoubt] = {}
     for name in sorted(claim.change.entries):
         born = conversation.born(name)
-        if born is None or born.author == claim.author.principal:
+        if born is None or (born.author == claim.author.principal and claim.may_write):
             continue
-        if not conversation.tree.is_admitted(name) and not conversation.tree.is_end(name):
-            found[name] = born.author
+        # One that only waits behind a later request may become the last of its line again.
+        ended = conversation.state(name) in ENDED or conversation.is_redacted(name)
+        if not conversation.tree.is_admitted(name) and not ended:
+            found[name] = in_doubt(claim.sources, name, born.author)
+    return found
+
+
+def in_doubt(sources: Provenance, name: str, author: str) -> InDoubt:
+    """Where a pending entry stands that waits for its author."""
+    entry = sources.entry(name)
+    if entry is None:
+        return InDoubt(author, 0, range(0))  # nobody has the client id 0, so nobody confirms it
+    fields = [sources.field(name, key) for key in ("born", "content", "redacted")]
+    ends = (item.end for item in fields if item is not None and item.client == entry.client)
+    return InDoubt(author, entry.client, range(entry.clock, max(ends, default=entry.end)))
+
+
+def bindings(claim: Claim) -> dict[int, str]:
+    """Whose the client ids are that nobody knew before, as far as this restore says.
+
+    A client's own pending words and stops bind its ids as an update does, so that they can be
+    brought back again. An operator's import binds all that it can.
+    """
+    conversation, sources = claim.conversation, claim.sources
+    trusted = claim.doubts is not None
+    found: dict[int, str] = {}
+
+    def bind(item: Struct | None, whose: str) -> None:
+        if item is not None and item.client not in claim.clients:
+            found.setdefault(item.client, whose)
+
+    for name in sorted(claim.change.entries):
+        born = conversation.born(name)
+        pending = born is not None and not conversation.tree.is_admitted(name)
+        if born is not None and (trusted or (pending and born.author == claim.author.principal)):
+            bind(sources.entry(name), clients_of(born.author))
+        stop = conversation.plain(name, "stop")
+        if isinstance(stop, str) and (trusted or stop == claim.author.principal):
+            bind(sources.field(name, "stop"), clients_of(stop))
+        if trusted:
+            for key in ("place", "state"):
+                bind(sources.field(name, key), clients_of(claim.author.principal, node=True))
     return found

@@ -57,7 +57,6 @@ from crdt_llm.document.conversation import (
     ACCESS,
     EMPTY_STATE_VECTOR,
     EMPTY_UPDATE,
-    ENTRIES,
     LEASES,
     META,
     Conversation,
@@ -84,20 +83,13 @@ from crdt_llm.errors import (
 )
 from crdt_llm.sync import ledger
 from crdt_llm.sync.awareness import Awareness
-from crdt_llm.sync.restore import (
-    Claim,
-    judge,
-    leftovers,
-    right_of,
-    unconfirmed,
-    wrong_rights,
-)
-from crdt_llm.sync.shape import Places, check_parents, check_shape, fresh, hides
+from crdt_llm.sync.restoring import OFFLOAD_BYTES_MIN, Restoring
+from crdt_llm.sync.rights import WRITERS, right_of
+from crdt_llm.sync.shape import Places, check_shape, fresh, hides
 from crdt_llm.sync.structure import (
     DOCUMENT_LIMITS,
     HELD_LIMITS,
     TRANSACTION_LIMITS,
-    Id,
     UpdateStructure,
     brings,
     find_gap,
@@ -111,12 +103,12 @@ from crdt_llm.sync.wire import UPDATE_BYTES_MAX, decode_state_vector, encode_sta
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from crdt_llm.document.conversation import Change, Edit
+    from crdt_llm.document.conversation import Change
     from crdt_llm.store.log import UpdateLog
     from crdt_llm.store.register import Register, Row
     from crdt_llm.sync.refusal_rate import RefusalRate
     from crdt_llm.sync.scrubbing import Scrubber
-    from crdt_llm.sync.structure import Limits, Missing, Struct
+    from crdt_llm.sync.structure import Id, Limits, Missing, Struct
     from crdt_llm.sync.verdict import Verdict
     from crdt_llm.sync.wire import AwarenessState
 
@@ -138,10 +130,6 @@ UNSETTLED_MAX: Final = 64
 
 UNSETTLED_BYTES_MAX: Final = 1 << 20
 """Bytes of them; one larger update is taken alone."""
-
-OFFLOAD_BYTES_MIN: Final = 32 << 10
-"""From here on an update is read and searched for gaps in a thread: 1.5 MB take the better part of
-a second, and the event loop belongs to all conversations."""
 
 ANSWERS_PER_TURN_MAX: Final = 8
 """Answers may be whole documents: after a restart of the relay everyone asks at once."""
@@ -167,12 +155,6 @@ COMPACT_UPDATES_MAX: Final = 4096
 
 SPARE_BEHIND_MAX: Final = 64
 """Updates that the spare copy of a room's document may lag behind: joined, they cost like one."""
-
-JUDGED_AT_ONCE: Final = 4
-"""Entries of a restore that are verified before others get the thread: 0.3 ms each."""
-
-ENTRY_CLOCKS: Final = 3
-"""The clocks of an entry and of what it is born with: the map, ``born``, ``content``."""
 
 REPLAY_CHUNK: Final = 256
 """Updates that are replayed at a time while a room is loaded; then others get the thread."""
@@ -402,8 +384,7 @@ class Room:
         self._clients: dict[int, str] = {}  # client id -> whose it is, what is accepted included
         self._is_noteworthy = False  # something beside the document changed since the row was saved
         self._behind: tuple[str, ...] = ()  # tips that the register has and the document lacks
-        self._unconfirmed: dict[str, tuple[str, Id]] = {}  # entry -> its author, and where it is
-        self._is_restoring = False  # the log lost something, and no lease was granted since
+        self._restoring = Restoring(conversation, relay_key, self._clients)
         self._withdrawals = 0  # turns with a withdrawal, since loading...
         self._scrubbed = 0  # ...and how many of them are wiped from the log's file
         self._scrubbing: asyncio.Task[None] | None = None
@@ -518,13 +499,7 @@ class Room:
                 nothing, so that it sends them and thereby confirms them.
         """
         committed = self._settled_replica().state_vector()
-        if author is None or not self._unconfirmed or author.node:
-            return committed
-        clocks = decode_state_vector(committed)
-        for whose, where in self._unconfirmed.values():
-            if whose == author.principal:
-                clocks[where.client] = min(where.clock, clocks.get(where.client, 0))
-        return encode_state_vector({client: clock for client, clock in clocks.items() if clock})
+        return committed if author is None else self._restoring.asking(committed, author)
 
     def diff(self, state_vector: bytes = EMPTY_STATE_VECTOR) -> bytes:
         """What is committed and not in ``state_vector``. Only between turns (I1)."""
@@ -539,7 +514,8 @@ class Room:
 
     def grant_of(self, author: Author) -> Grant | None:
         """What somebody may do here as things are. Only between turns (I1)."""
-        return author.bounded(self._settled_replica().grant_of(author.principal))
+        self._settled_replica()
+        return right_of(self._rights, author)
 
     def read(self, question: Callable[[Conversation], Any]) -> Any:
         """What a pure function of the replica says. Only between turns (I1)."""
@@ -761,7 +737,8 @@ class Room:
             return Denied(error)
         if look.missing is not None:
             return Lacking(str(look.missing))
-        self._confirm(look, author)
+        if self._restoring.confirm(look.structure, author, self._rights):
+            self._is_noteworthy = True
         if not look.brings:
             return Known()
         try:
@@ -790,7 +767,7 @@ class Room:
             self._deletions = None
         for client in look.fresh:
             if client not in self._clients and author is not None:
-                self._clients[client] = _owner_of_clients(author)
+                self._clients[client] = ledger.clients_of(author.principal, node=author.node)
                 self._is_noteworthy = True
         self._document_bytes += len(change.update)
 
@@ -798,7 +775,7 @@ class Room:
         if submission.doubts is not None and self._row is None:
             return True
         brings_all = submission.restore or submission.is_document
-        return self._is_restoring and brings_all and not author.node
+        return self._restoring.is_going_on and brings_all and not author.node
 
     async def _look(self, submission: Submission, author: Author, *, is_restore: bool) -> _Look:
         """The checks that need nothing applied. What is known does not change meanwhile.
@@ -846,11 +823,11 @@ class Room:
         replica = self._loaded_replica()
         if author.node or replica.id is None:
             return True
-        return author.bounded(replica.grant_of(author.principal)) in (Grant.OWNER, Grant.WRITER)
+        return right_of(self._rights, author) in WRITERS
 
     def _check_clients(self, fresh: Iterable[int], author: Author) -> None:
         """Whose a client id is was settled by its first accepted use."""
-        own = _owner_of_clients(author)
+        own = ledger.clients_of(author.principal, node=author.node)
         for client in fresh:
             if self._clients.get(client, own) != own or client == self._loaded_replica().client_id:
                 raise Refused("forged-client", f"client id {client} is somebody else's")
@@ -924,8 +901,7 @@ class Room:
         with self._undoing(change.entries):
             rules.check(change, replica, conversation_id=self.id, author=author, epoch=epoch)
             self._check_leases(change)
-            if self._unconfirmed:
-                self._check_confirmed(change)
+            self._restoring.check_confirmed(change)
             if not author.node and hides(look.structure, self._known, change):
                 await self._check_places(look.structure, change, author)
             self._check_size(len(change.update), author)
@@ -937,73 +913,29 @@ class Room:
         before = replica.state_vector()
         change = self._merge(submission.update)
         with self._undoing(change.entries):
-            row = self._row_of(replica)
-            claim = Claim(replica, change, row, author, self._relay_key, submission.doubts)
-            for number, _ in enumerate(judge(claim), 1):
-                if number % JUDGED_AT_ONCE == 0:
-                    await asyncio.sleep(0)
-            check_parents(look.structure, look.structure)
-            waiting = {} if submission.doubts is not None else unconfirmed(claim)
+            claim = await self._restoring.judge(
+                replica,
+                change,
+                look.structure,
+                row=self._row,
+                author=author,
+                known=self._known,
+                doubts=submission.doubts,
+            )
         with self._undoing(None):
-            fixed = self._correct(replica, row)
+            fixed = self._restoring.correct(claim)
             if fixed:
                 # Joined anew: what was withdrawn is collected, and reaches neither log nor peers.
                 update = replica.diff(before)
                 change = replace(change, update=update, edits=(*change.edits, *fixed))
-                self._clients[replica.client_id] = _ROOMS_OWN
+                self._clients[replica.client_id] = ledger.ROOMS_OWN
             self._check_size(len(change.update), author)
         self._known = decode_state_vector(replica.state_vector())
         self._deletions = self._index = None
-        for name, whose in waiting.items():
-            self._unconfirmed[name] = (whose, _id_of_entry(look.structure, name))
+        self._clients.update(self._restoring.remember(claim))
         # Only what changes the register is worth a line there.
         self._is_noteworthy = True
         return change
-
-    def _row_of(self, replica: Conversation) -> Row:
-        row = ledger.first_row(replica) if self._row is None else self._row
-        if row is None:
-            raise Gap("this conversation has no schema and birth yet")
-        if row.conversation != self.id:
-            raise Refused("birth", "this birth belongs to another conversation id")
-        return row
-
-    def _correct(self, replica: Conversation, row: Row) -> tuple[Edit, ...]:
-        """Write what the register knows better: rights, and what was withdrawn."""
-        rights, left = wrong_rights(replica, row), leftovers(replica, row)
-        if not rights and not left:
-            return ()
-        with replica.writing() as writer:
-            for principal, grant in rights.items():
-                writer.grant(principal, grant)
-            for entry in left:
-                if replica.is_redacted(entry):
-                    writer.clear(entry)
-                else:
-                    writer.redact(entry, *row.redacted[entry])
-        return writer.change.edits if writer.change is not None else ()
-
-    def _confirm(self, look: _Look, author: Author) -> None:
-        """Whoever sends what it wrote itself confirms it; it is equal, or it was refused."""
-        if author.node:
-            return
-        for name, (whose, where) in tuple(self._unconfirmed.items()):
-            structs = look.structure.structs.get(where.client)
-            if whose != author.principal or structs is None:
-                continue
-            # With the entry come its fields, at the clocks behind it.
-            end = min(where.clock + ENTRY_CLOCKS, self._known.get(where.client, 0))
-            if structs[0].clock <= where.clock and structs[-1].end >= end:
-                del self._unconfirmed[name]
-                self._is_noteworthy = True
-
-    def _check_confirmed(self, change: Change) -> None:
-        for edit in change.edits:
-            if edit.key == "place" and edit.entry in self._unconfirmed:
-                whose = self._unconfirmed[edit.entry][0]
-                raise Refused(
-                    "unconfirmed", f"entry {edit.entry} waits until {whose} was here with it"
-                )
 
     async def _check_places(
         self, structure: UpdateStructure, change: Change, author: Author
@@ -1025,7 +957,7 @@ class Room:
             is_entry=replica.tree.__contains__,
             meta=replica.meta_plain(),
             principal=author.principal,
-            owner=author.bounded(replica.grant_of(author.principal)) is Grant.OWNER,
+            owner=right_of(replica, author) is Grant.OWNER,
         ).check()
 
     def _extend_index(self, look: _Look, before: Mapping[int, int]) -> None:
@@ -1076,14 +1008,16 @@ class Room:
             # The log is the relay's own, so it may be believed.
             current = ledger.first_row(replica)
         else:
-            self._clients = dict(row.clients)
+            self._clients.update(row.clients)
             self._withdrawals = int(row.scrub_owed)
             self._behind = ledger.missing_tips(row, replica)
             # A log that ends before what it is known to have held has lost its end.
             cut = row.log_id != self._log.log_id or self.lsn < row.lsn
-            self._is_restoring = cut or bool(self._behind) or replica.id is None
-            await self._load_unconfirmed(row)
-            current = row if self._is_restoring else ledger.reconciled(row, replica)
+            self._restoring.is_going_on = cut or bool(self._behind) or replica.id is None
+            await self._restoring.load(row, replica)
+            current = row if self._restoring.is_going_on else ledger.reconciled(row, replica)
+        if current is not None and current.scrub_owed:
+            self._tail.begin(self.lsn, ())  # what was withdrawn may be in what was loaded
         if current is not None and current is not row:
             self._withdrawals = int(current.scrub_owed)
             current = replace(current, log_id=self._log.log_id, lsn=self.lsn)
@@ -1091,17 +1025,6 @@ class Room:
         self._row = current
         self._in_turn = False
         self._wake.set()
-
-    async def _load_unconfirmed(self, row: Row) -> None:
-        if not row.unconfirmed:
-            return
-        whole = self._loaded_replica().diff()
-        structure = await _offload(len(whole), functools.partial(read_update, whole, HELD_LIMITS))
-        self._unconfirmed = {
-            name: (whose, _id_of_entry(structure, name))
-            for name, whose in row.unconfirmed.items()
-            if name in self._loaded_replica().tree
-        }
 
     async def _note(self, batch: _Batch) -> None:
         """I6."""
@@ -1119,15 +1042,15 @@ class Room:
                     self._tail.begin(self.lsn, ())  # nobody who comes back gets it from there
         if row is None or (row is self._row and not self._is_noteworthy):
             return
-        waiting = {name: author for name, (author, _) in self._unconfirmed.items()}
+        waiting = MappingProxyType(self._restoring.waiting)
         clients = MappingProxyType(dict(self._clients))
-        await self._save(replace(row, clients=clients, unconfirmed=MappingProxyType(waiting)))
+        await self._save(replace(row, clients=clients, unconfirmed=waiting))
         self._is_noteworthy = False
         if self._behind:
             self._behind = ledger.missing_tips(row, replica)
 
     async def _save(self, row: Row) -> None:
-        if not self._is_restoring:
+        if not self._restoring.is_going_on:
             row = replace(row, log_id=self._log.log_id, lsn=self.lsn)
         await self._register.save(row)
         self._row = row
@@ -1144,8 +1067,8 @@ class Room:
             elif self._behind:
                 granting.set_exception(Behind("a replica with what was lost must come first"))
             else:
-                if row.holder != node_key or row.epoch == 0 or self._is_restoring:
-                    self._is_restoring = False
+                if row.holder != node_key or row.epoch == 0 or self._restoring.is_going_on:
+                    self._restoring.is_going_on = False
                     await self._save(replace(row, epoch=row.epoch + 1, holder=node_key))
                 if not granting.done():
                     granting.set_result(self.epoch)
@@ -1176,7 +1099,8 @@ class Room:
         self._snapshot_bytes = len(loaded.snapshot or b"")
         self._log_bytes = sum(len(update) for _, update in loaded.updates)
         self._log_updates = len(loaded.updates)
-        self._tail.begin(loaded.lsn, loaded.updates)
+        owed = self._row is not None and self._row.scrub_owed
+        self._tail.begin(loaded.lsn, () if owed else loaded.updates)
         self._document_bytes = (
             self._snapshot_bytes + self._log_bytes + sum(len(update) for update in accepted)
         )
@@ -1286,9 +1210,9 @@ class Room:
         replica, author = self._loaded_replica(), peer.author
         if author.node or peer.is_operator:
             return True
-        if self._is_restoring and self._row is not None:  # I7
-            return right_of(self._row, author.principal) is not None
-        return replica.id is None or replica.grant_of(author.principal) is not None
+        if replica.id is None and self._row is None:
+            return True
+        return right_of(self._rights, author) is not None
 
     def _check_rights(self) -> None:
         for seat in tuple(self._seats.values()):
@@ -1321,6 +1245,13 @@ class Room:
         principal = seat.peer.author.principal
         logger.error("conversation %s, a peer of %s: %s", self.id, principal, one_line(failure))
 
+    @property
+    def _rights(self) -> Conversation | Row:
+        """What says who may do what: the document, or the register until it is whole (I7)."""
+        if self._restoring.is_going_on and self._row is not None:
+            return self._row
+        return self._loaded_replica()
+
     def _loaded_replica(self) -> Conversation:
         if self._replica is None:
             raise LocalMisuse(f"the room of {self.id} is not loaded")
@@ -1332,27 +1263,9 @@ class Room:
         return self._loaded_replica()
 
 
-def _id_of_entry(structure: UpdateStructure, name: str) -> Id:
-    """Where the map of an entry was written."""
-    for structs in structure.structs.values():
-        for item in structs:
-            if item.parent_sub == name and item.parent == ENTRIES:
-                return Id(item.client, item.clock)
-    return Id(0, 0)  # it hangs at one that it replaced: nothing that anybody could confirm
-
-
 async def _offload(size: int, work: Callable[[], Result]) -> Result:
     """Do what costs as much as ``size`` bytes to read, in a thread if that is long."""
     return await asyncio.to_thread(work) if size >= OFFLOAD_BYTES_MIN else work()
-
-
-_ROOMS_OWN: Final = "room"
-"""Whose the client ids are that rooms wrote corrections under."""
-
-
-def _owner_of_clients(author: Author) -> str:
-    """Whose a client id is: a node's is no person's, whatever their names."""
-    return f"{'node' if author.node else 'person'} {author.principal}"
 
 
 def _touches_rights(change: Change) -> bool:

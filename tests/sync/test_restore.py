@@ -511,6 +511,240 @@ async def test_a_pending_entry_that_somebody_made_up_is_never_confirmed() -> Non
     assert dict(world.place.rows[CONVERSATION].unconfirmed) == {forged: "will"}
 
 
+# -- whose words they are ------------------------------------------------------------------------
+
+
+@dataclass
+class Asked:
+    """What will said last, which waits for a place, and who will's device is."""
+
+    world: World
+    his: Device
+    pending: str
+    document: bytes
+
+    async def his_device_comes(self) -> None:
+        """With a plain connection, which the relay asks for what it lacks."""
+        peer = RemotePeer("will", lambda: None)
+        await self.world.place.hub.enter(CONVERSATION, peer)
+        frame = peer.take()
+        assert frame is not None
+        asked = decode(frame)
+        assert isinstance(asked, SyncStep1)
+        await peer.receive(encode(SyncStep2(self.his.replica.diff(asked.state_vector))))
+        await turns(50)
+        peer.leave()
+
+    @property
+    def waiting(self) -> dict[str, str]:
+        return dict(self.world.place.rows[CONVERSATION].unconfirmed)
+
+
+async def will_asked() -> Asked:
+    world = await a_world()
+    await world.node.finish(world.streaming)
+    will = await world.place.join("will")
+    his = Device(Random(21), "will")
+    his.merge(will.membership.state)
+    await will.membership.submit(his.say("pay 10"))
+    return Asked(world, his, his.replica.view()[-1], world.document())
+
+
+def written_over(asked: Asked, client: int, key: str, value: Any) -> bytes:
+    doc: Doc[Any] = Doc(client_id=client)
+    entries = doc.get("entries", type=Map)
+    doc.apply_update(asked.document)
+    entries[asked.pending][key] = value
+    return bytes(doc.get_update())
+
+
+@pytest.mark.parametrize("bringer", ["rita", "owner", "will"])
+@pytest.mark.parametrize("key", ["content", "born"])
+async def test_a_restore_does_not_write_over_pending_words(bringer: str, key: str) -> None:
+    asked = await will_asked()
+    value = "pay 1000"
+    if key == "born":
+        value = {**asked.his.replica.born_plain(asked.pending), "at": 7}
+    forged = written_over(asked, 4_000_000_000, key, value)
+    asked.world.lose_log()
+    with pytest.raises(Refused) as refused:
+        await restored(asked.world, forged, bringer)
+    assert refused.value.code == "frozen"
+    assert asked.world.place.durable == 0
+
+
+async def test_words_written_over_in_an_entry_that_is_back_are_refused_too() -> None:
+    asked = await will_asked()
+    forged = written_over(asked, 4_000_000_000, "content", "pay 1000")
+    asked.world.lose_log()
+    await restored(asked.world, asked.document)
+    with pytest.raises(Refused) as refused:
+        await restored(asked.world, forged, "rita")
+    assert refused.value.code == "frozen"
+    assert asked.world.replica().text(asked.pending) == "pay 10"
+
+
+async def test_words_written_over_under_the_authors_client_id_are_not_confirmed() -> None:
+    asked = await will_asked()
+    forged = written_over(asked, asked.his.replica.client_id, "content", "pay 1000")
+    asked.world.lose_log()
+    await restored(asked.world, forged, "rita")
+    await asked.his_device_comes()
+    assert asked.waiting == {asked.pending: "will"}
+
+
+async def test_an_entry_in_anothers_name_is_not_confirmed_by_hearing_of_it() -> None:
+    asked = await will_asked()
+    impostor = Device(Random(33), "will")
+    impostor.merge(asked.document)
+    impostor.say("what will never said")
+    forged = impostor.replica.view()[-1]
+    asked.world.lose_log()
+    await restored(asked.world, impostor.replica.diff(), "rita")
+    await asked.his_device_comes()
+    asked.his.merge(asked.world.room.diff(asked.his.replica.state_vector()))
+    await asked.his_device_comes()  # what it heard it sends back, as every replica does
+    assert asked.waiting == {forged: "will"}
+
+
+async def test_who_lost_the_right_to_write_confirms_nothing() -> None:
+    asked = await will_asked()
+    await asked.world.owner.membership.submit(asked.world.device.grant("will", Grant.READER))
+    asked.world.lose_log()
+    await restored(asked.world, asked.document)
+    await asked.his_device_comes()
+    assert asked.waiting == {asked.pending: "will"}
+
+
+# -- who may only read ---------------------------------------------------------------------------
+
+
+async def test_a_reader_brings_no_words_of_its_own() -> None:
+    world = await a_world()
+    rita = Device(Random(99), "rita")
+    rita.merge(world.document())
+    world.lose_log()
+    rita.say("words of a reader")
+    with pytest.raises(Forbidden):
+        await restored(world, rita.replica.diff(), "rita")
+    assert world.place.durable == 0
+
+
+async def test_a_token_for_reading_brings_no_words_of_an_owner() -> None:
+    world = await a_world()
+    own = Device(Random(99))
+    own.merge(world.document())
+    world.lose_log()
+    own.say("with a token that may not")
+    peer = RemotePeer("owner", lambda: None, cap=Grant.READER)
+    await world.place.hub.enter(CONVERSATION, peer)
+    await peer.receive(encode(SyncStep2(own.replica.diff())))
+    await turns(50)
+    assert peer.close_code is not None
+    assert world.place.durable == 0
+
+
+async def test_a_reader_gives_the_conversation_no_facts_of_its_own() -> None:
+    world = await a_world()
+    await world.owner.membership.submit(world.device.entitle("by the owner"))
+    true = world.document()
+    rita = Device(Random(99), "rita")
+    rita.merge(true)
+    with rita.replica.writing() as writer:
+        writer.set_meta("title", "by a reader")
+        writer.set_meta("policy", {"reply": "auto"})
+    world.lose_log()
+    member = await restored(world, rita.replica.diff(), "rita")
+    # What was there before cannot be told from a forged one, so it stays away...
+    assert world.replica().meta_plain().keys() == {"schema", "birth"}
+    for update in member.heard:
+        rita.merge(update)
+    assert "policy" not in rita.replica.meta_plain()
+    world.lose_log("a third log")
+    await restored(world, true, "rita")  # ...and is taken from a reader who left it as it was
+    assert world.replica().meta.title == "by the owner"
+    await restored(world, rita.replica.diff(), "rita")
+    assert world.replica().meta.title == "by the owner"
+
+
+async def test_nobody_brings_a_stop_in_anothers_name() -> None:
+    world = await a_world()
+    for bringer in ("rita", "will"):
+        forger = Device(Random(99), bringer)
+        forger.merge(world.document())
+        with forger.replica.writing() as writer:
+            writer.stop(world.streaming, "owner")
+        world.lose_log(f"the log of {bringer}")
+        with pytest.raises(Refused) as refused:
+            await restored(world, forger.replica.diff(), bringer)
+        assert refused.value.code == "stop"
+        world.lose_log(f"the next log of {bringer}")
+        await restored(world, world.device.replica.diff())
+
+
+async def test_a_stop_that_was_known_comes_back_with_anybody() -> None:
+    world = await a_world()
+    with world.device.replica.writing() as writer:
+        writer.stop(world.streaming, "owner")
+    assert writer.change is not None
+    await world.owner.membership.submit(writer.change.update)
+    document = world.document()
+    world.lose_log()
+    await restored(world, document, "rita")
+    assert world.replica().plain(world.streaming, "stop") == "owner"
+
+
+async def test_a_writer_brings_its_own_stop_and_anybody_brings_it_again() -> None:
+    world = await a_world()
+    will = Device(Random(99), "will")
+    will.merge(world.document())
+    with will.replica.writing() as writer:
+        writer.stop(world.streaming, "will")
+    world.lose_log()
+    await restored(world, will.replica.diff(), "will")
+    document = world.document()
+    world.lose_log("a third log")
+    await restored(world, document, "rita")
+    assert world.replica().plain(world.streaming, "stop") == "will"
+
+
+async def test_only_a_node_that_was_known_ended_a_request_without_a_place() -> None:
+    world = await a_world()
+    _, slot = await ask(world.device, world.owner, "more?")
+    forger = Device(Random(99), "will")
+    forger.merge(world.document())
+    with forger.replica.writing() as writer:
+        writer.state(slot, State.FAILED)
+    world.node.catch_up()
+    with world.node.replica.writing() as writer:
+        writer.state(slot, State.SUPERSEDED)
+    await world.node.submit(writer.change)
+    document = world.document()
+    world.lose_log()
+    with pytest.raises(Refused) as refused:
+        await restored(world, forger.replica.diff(), "will")
+    assert refused.value.code == "node-field"
+    await restored(world, document, "rita")
+    assert world.replica().state(slot) is State.SUPERSEDED
+
+
+async def test_what_came_with_a_restore_can_be_brought_back_again_and_confirmed() -> None:
+    world = await a_world()
+    his = Device(Random(41), "will")
+    his.merge(world.document())
+    his.say("offline")
+    pending = his.replica.view()[-1]
+    world.lose_log()
+    await restored(world, his.replica.diff(), "will")
+    document = world.document()
+    world.lose_log("a third log")
+    await restored(world, document)
+    asked = Asked(world, his, pending, document)
+    assert asked.waiting == {pending: "will"}
+    await asked.his_device_comes()
+    assert asked.waiting == {}
+
+
 # -- without the register -----------------------------------------------------------------------
 
 
@@ -549,6 +783,29 @@ async def test_an_import_of_what_the_register_knows_is_believed_no_more_than_any
     grow(forger, world.done, " Not.")
     with pytest.raises(Refused):
         await world.place.hub.import_trusted(CONVERSATION, forger.doc.get_update())
+
+
+async def test_an_import_after_a_loss_believes_nothing_either_that_the_register_knows() -> None:
+    world = await a_world()
+    forger = Forger(world.document(), world)
+    grow(forger, world.done, " Not.")
+    world.lose_log()
+    with pytest.raises(Refused):
+        await world.place.hub.import_trusted(CONVERSATION, forger.doc.get_update())
+    assert world.place.durable == 0
+
+
+async def test_what_was_imported_can_be_brought_back_by_anybody() -> None:
+    asked = await will_asked()
+    world = asked.world
+    world.place.rows.clear()
+    world.lose_log()
+    await world.place.hub.import_trusted(CONVERSATION, asked.document)
+    world.lose_log("a third log")
+    await restored(world, asked.document, "rita")
+    assert asked.waiting == {asked.pending: "will"}
+    await asked.his_device_comes()
+    assert asked.waiting == {}
 
 
 async def test_an_import_is_of_that_conversation() -> None:

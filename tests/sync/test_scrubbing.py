@@ -195,3 +195,29 @@ async def test_a_room_that_owes_a_scrub_is_opened_by_the_next_process() -> None:
     place.hub.tick()
     await turns(100)
     assert not place.rows[CONVERSATION].scrub_owed
+
+
+@pytest.mark.parametrize("is_noted", [True, False])
+async def test_who_comes_back_after_a_restart_does_not_get_what_is_owed_to_be_wiped(
+    monkeypatch: pytest.MonkeyPatch, *, is_noted: bool
+) -> None:
+    place = Place(leased=True)
+    owner, device = await born(place)
+    here = place.hub._rooms[CONVERSATION].lsn
+    await owner.membership.submit(device.say(SAID))
+    before = place.rows[CONVERSATION]
+
+    async def compact(*_: object) -> None:
+        raise StoreFailed("no space")
+
+    monkeypatch.setattr(place.log, "compact", compact)
+    await owner.membership.submit(withdraw(device))
+    if not is_noted:  # the process ended before the register heard of it
+        place.rows[CONVERSATION] = before
+    place.open_hub(seed=3)
+    monkeypatch.setattr(place.log, "compact", compact)
+    await place.join()
+    room = place.hub._rooms[CONVERSATION]
+    assert place.rows[CONVERSATION].scrub_owed
+    assert room.since(here) is None
+    assert SAID.encode() not in room.diff()
