@@ -7,8 +7,9 @@ The rules, from ``y-protocols/awareness`` and from what its reference server lea
 
 1. A state replaces an older one of its client: its clock must be greater; ``null`` may come at the
    same clock. A first state has a clock of at least 1.
-2. A connection owns the ids that it introduced. Stock clients repeat to the server what they hear
-   of others, so states of an id that another connection owns are dropped without offence.
+2. A connection owns the ids that it introduced; it, and all connections of its principal together,
+   may have so many. Stock clients repeat to the server what they hear of others, so states of an id
+   that another connection owns are dropped without offence.
 3. A connection that closes takes its ids along: everybody hears ``null`` for them.
 4. A state that was not renewed for 30 s (clients renew after 15 s) is gone.
 5. The clock of an id that is gone is remembered for a while, or a late repetition by somebody else
@@ -18,7 +19,7 @@ The rules, from ``y-protocols/awareness`` and from what its reference server lea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from crdt_llm.sync.wire import (
     AWARENESS_BYTES_MAX,
@@ -28,13 +29,19 @@ from crdt_llm.sync.wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+    from crdt_llm.document.rules import Author
 
 EXPIRY_S: Final = 30.0
 """A state that was not renewed for so long is gone; ``outdatedTimeout`` of y-protocols."""
 
 IDS_PER_CONNECTION_MAX: Final = 16
 """A page has one id; the rest is room for a process that holds several replicas."""
+
+IDS_PER_PRINCIPAL_MAX: Final = 64
+"""Of all connections of one principal: a person with a dozen pages open on some devices. So nobody
+takes the places of everybody else."""
 
 STATES_MAX: Final = AWARENESS_STATES_MAX
 """States in one room: what a message may carry."""
@@ -45,10 +52,19 @@ GONE_MAX: Final = 4 * STATES_MAX
 _STATE_OVERHEAD_BYTES: Final = 16  # client, clock and length, as varUints
 
 
+class Speaker(Protocol):
+    """A connection. Compared by identity."""
+
+    @property
+    def author(self) -> Author:
+        """Who is at the other end."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Present:
     state: AwarenessState
-    owner: Hashable
+    owner: Speaker
     renewed_at: float
 
 
@@ -73,7 +89,7 @@ class Awareness:
         return tuple(present.state for present in self._present.values())
 
     def receive(
-        self, owner: Hashable, states: Iterable[AwarenessState]
+        self, owner: Speaker, states: Iterable[AwarenessState]
     ) -> tuple[AwarenessState, ...]:
         """Take what a connection says.
 
@@ -85,23 +101,33 @@ class Awareness:
             What is new in it: for everybody, its sender included.
         """
         now = self._clock()
-        owned = sum(present.owner == owner for present in self._present.values())
+        principal = owner.author.principal
+        owned = sum(present.owner is owner for present in self._present.values())
+        of_principal = sum(
+            present.owner.author.principal == principal for present in self._present.values()
+        )
         news: list[AwarenessState] = []
         for state in states:
             present = self._present.get(state.client)
             if present is None:
                 last, _ = self._gone.get(state.client, (0, now))
-                full = owned >= IDS_PER_CONNECTION_MAX or len(self._present) >= STATES_MAX
+                full = (
+                    owned >= IDS_PER_CONNECTION_MAX
+                    or of_principal >= IDS_PER_PRINCIPAL_MAX
+                    or len(self._present) >= STATES_MAX
+                )
                 if state.state_json is None or state.clock <= last or full:
                     continue
                 owned += 1
-            elif present.owner != owner:
+                of_principal += 1
+            elif present.owner is not owner:
                 continue
             elif state.state_json is None:
                 if state.clock < present.state.clock:
                     continue
                 self._forget(state.client, state.clock, now)
                 owned -= 1
+                of_principal -= 1
                 news.append(state)
                 continue
             elif state.clock <= present.state.clock:
@@ -111,9 +137,9 @@ class Awareness:
             news.append(state)
         return tuple(news)
 
-    def leave(self, owner: Hashable) -> tuple[AwarenessState, ...]:
+    def leave(self, owner: Speaker) -> tuple[AwarenessState, ...]:
         """Let a connection go; the answer says ``null`` for all ids that it owned."""
-        return self._end(lambda present: present.owner == owner)
+        return self._end(lambda present: present.owner is owner)
 
     def expire(self) -> tuple[AwarenessState, ...]:
         """Let go of what was not renewed; the answer says ``null`` for it."""

@@ -9,6 +9,7 @@ in, events come out, and whoever holds the session carries them out in order.
 * An Open is answered by Opened or Closed, and in the end there is exactly one Closed for each Open,
   unless the connection ends first. What comes for a channel that is not open is ignored: the client
   may have sent it before it heard of the end.
+* A conversation is open on one channel of a connection at most.
 * Within a channel the ids of updates grow, and every update gets exactly one Ack or Nack, in the
   order of the ids, as long as the channel is open.
 
@@ -197,6 +198,7 @@ Event: TypeAlias = Greet | Enter | Exit | Submit | Send | Close | Wish
 @dataclass(slots=True)
 class _Channel:
     stage: Stage
+    conversation: str = ""
     last_id: int = 0
     had_gap: bool = False  # and nothing was accepted since: what mends it may be a document
 
@@ -315,7 +317,11 @@ class NativeSession:
         if len(self._channels) >= CHANNELS_MAX:
             reason = f"a connection has at most {CHANNELS_MAX} channels: leave one first"
             return (Send(Closed(frame.channel, CloseCode.TRY_AGAIN, reason)),)
+        if any(one.conversation == frame.conversation for one in self._channels.values()):
+            reason = "malformed: that conversation is open on another channel of this connection"
+            return (Send(Closed(frame.channel, CloseCode.MALFORMED, reason)),)
         self._step(frame.channel, ChannelInput.OPEN)
+        self._channels[frame.channel].conversation = frame.conversation
         return (Enter(frame),)
 
     def _use(

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crdt_llm.document.rules import Author
 from crdt_llm.sync.awareness import (
     EXPIRY_S,
     GONE_MAX,
     IDS_PER_CONNECTION_MAX,
+    IDS_PER_PRINCIPAL_MAX,
     STATES_MAX,
     Awareness,
     messages,
@@ -21,6 +26,18 @@ class Time:
 
     def __call__(self) -> float:
         return self.now
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Whoever speaks; each of its own principal if nothing else is said."""
+
+    author: Author
+
+
+@functools.cache
+def by(name: str | int) -> Connection:
+    return Connection(Author(str(name)))
 
 
 def here(client: int, clock: int, state: str = "{}") -> AwarenessState:
@@ -42,57 +59,57 @@ def room(time: Time) -> Awareness:
 
 
 def test_a_state_is_news_once(room: Awareness) -> None:
-    assert room.receive("a", [here(1, 1)]) == (here(1, 1),)
-    assert room.receive("a", [here(1, 1)]) == ()
-    assert room.receive("a", [here(1, 2, '"x"')]) == (here(1, 2, '"x"'),)
+    assert room.receive(by("a"), [here(1, 1)]) == (here(1, 1),)
+    assert room.receive(by("a"), [here(1, 1)]) == ()
+    assert room.receive(by("a"), [here(1, 2, '"x"')]) == (here(1, 2, '"x"'),)
     assert room.states == (here(1, 2, '"x"'),)
 
 
 def test_an_older_state_is_dropped(room: Awareness) -> None:
-    room.receive("a", [here(1, 5)])
-    assert room.receive("a", [here(1, 4)]) == ()
-    assert room.receive("a", [gone(1, 4)]) == ()
+    room.receive(by("a"), [here(1, 5)])
+    assert room.receive(by("a"), [here(1, 4)]) == ()
+    assert room.receive(by("a"), [gone(1, 4)]) == ()
     assert room.states == (here(1, 5),)
 
 
 def test_a_state_at_clock_zero_is_ignored(room: Awareness) -> None:
-    assert room.receive("a", [here(1, 0)]) == ()
+    assert room.receive(by("a"), [here(1, 0)]) == ()
     assert len(room) == 0
 
 
 def test_nobody_speaks_for_an_id_of_another_connection(room: Awareness) -> None:
-    room.receive("a", [here(1, 1)])
-    assert room.receive("b", [here(1, 2, '"forged"')]) == ()
-    assert room.receive("b", [gone(1, 2)]) == ()
+    room.receive(by("a"), [here(1, 1)])
+    assert room.receive(by("b"), [here(1, 2, '"forged"')]) == ()
+    assert room.receive(by("b"), [gone(1, 2)]) == ()
     assert room.states == (here(1, 1),)
 
 
 def test_a_connection_that_closes_takes_its_ids_along(room: Awareness) -> None:
-    room.receive("a", [here(1, 3), here(2, 4)])
-    room.receive("b", [here(3, 1)])
-    assert set(room.leave("a")) == {gone(1, 3), gone(2, 4)}
+    room.receive(by("a"), [here(1, 3), here(2, 4)])
+    room.receive(by("b"), [here(3, 1)])
+    assert set(room.leave(by("a"))) == {gone(1, 3), gone(2, 4)}
     assert room.states == (here(3, 1),)
-    assert room.leave("a") == ()
+    assert room.leave(by("a")) == ()
 
 
 def test_null_is_news_and_frees_the_id(room: Awareness) -> None:
-    room.receive("a", [here(1, 1)])
-    assert room.receive("a", [gone(1, 1)]) == (gone(1, 1),)
-    assert room.receive("b", [here(1, 2)]) == (here(1, 2),)
-    assert room.leave("b") == (gone(1, 2),)
+    room.receive(by("a"), [here(1, 1)])
+    assert room.receive(by("a"), [gone(1, 1)]) == (gone(1, 1),)
+    assert room.receive(by("b"), [here(1, 2)]) == (here(1, 2),)
+    assert room.leave(by("b")) == (gone(1, 2),)
 
 
 def test_a_late_repetition_by_somebody_else_is_no_ghost(room: Awareness) -> None:
-    room.receive("a", [here(1, 3)])
-    room.leave("a")
-    assert room.receive("b", [here(1, 3)]) == ()
-    assert room.receive("c", [here(1, 4)]) == (here(1, 4),)
+    room.receive(by("a"), [here(1, 3)])
+    room.leave(by("a"))
+    assert room.receive(by("b"), [here(1, 3)]) == ()
+    assert room.receive(by("c"), [here(1, 4)]) == (here(1, 4),)
 
 
 def test_what_is_not_renewed_expires(room: Awareness, time: Time) -> None:
-    room.receive("a", [here(1, 1), here(2, 1)])
+    room.receive(by("a"), [here(1, 1), here(2, 1)])
     time.now += EXPIRY_S - 1
-    room.receive("a", [here(1, 2)])
+    room.receive(by("a"), [here(1, 2)])
     assert room.expire() == ()
     time.now += 2
     assert room.expire() == (gone(2, 1),)
@@ -100,27 +117,37 @@ def test_what_is_not_renewed_expires(room: Awareness, time: Time) -> None:
 
 
 def test_the_clocks_of_the_gone_are_forgotten_in_time(room: Awareness, time: Time) -> None:
-    room.receive("a", [here(1, 9)])
-    room.leave("a")
+    room.receive(by("a"), [here(1, 9)])
+    room.leave(by("a"))
     time.now += EXPIRY_S + 1
     room.expire()
-    assert room.receive("b", [here(1, 1)]) == (here(1, 1),)
+    assert room.receive(by("b"), [here(1, 1)]) == (here(1, 1),)
 
 
 def test_a_connection_has_a_bounded_number_of_ids(room: Awareness) -> None:
     states = [here(client, 1) for client in range(1, IDS_PER_CONNECTION_MAX + 10)]
-    assert len(room.receive("a", states)) == IDS_PER_CONNECTION_MAX
-    assert len(room.receive("b", [here(10**6, 1)])) == 1
+    assert len(room.receive(by("a"), states)) == IDS_PER_CONNECTION_MAX
+    assert len(room.receive(by("b"), [here(10**6, 1)])) == 1
+
+
+def test_a_principal_has_a_bounded_number_of_ids(room: Awareness) -> None:
+    pages = [Connection(Author("reader")) for _ in range(IDS_PER_PRINCIPAL_MAX + 1)]
+    for client, page in enumerate(pages[:-1], 1):
+        assert room.receive(page, [here(client, 1)])
+    assert room.receive(pages[-1], [here(10**6, 1)]) == ()
+    assert room.receive(by("another"), [here(10**6, 1)])
+    room.leave(pages[0])
+    assert room.receive(pages[-1], [here(10**6 + 1, 1)])
 
 
 def test_a_room_has_a_bounded_number_of_states_and_memories(room: Awareness) -> None:
     for client in range(1, STATES_MAX + 10):
-        room.receive(client, [here(client, 1)])
+        room.receive(by(client), [here(client, 1)])
     assert len(room) == STATES_MAX
     for client in range(10**6, 10**6 + GONE_MAX + 10):
-        room.leave(client - 1)
-        room.leave(1 + client % STATES_MAX)
-        room.receive(client, [here(client, 1)])
+        room.leave(by(client - 1))
+        room.leave(by(1 + client % STATES_MAX))
+        room.receive(by(client), [here(client, 1)])
     assert len(room._gone) <= GONE_MAX
 
 
@@ -150,12 +177,12 @@ def test_whoever_hears_the_news_knows_what_the_room_knows(steps: list[tuple[obje
     for step in steps:
         match step:
             case ("leave", str(owner)):
-                news = room.leave(owner)
+                news = room.leave(by(owner))
             case ("wait", int(seconds)):
                 time.now += seconds
                 news = room.expire()
             case (str(owner), int(client), int(clock), state):
-                news = room.receive(owner, [AwarenessState(client, clock, state)])  # type: ignore[arg-type]
+                news = room.receive(by(owner), [AwarenessState(client, clock, state)])  # type: ignore[arg-type]
             case _:
                 raise AssertionError(step)
         for state in news:

@@ -150,6 +150,18 @@ def test_a_number_in_use_is_not_opened_again() -> None:
     assert isinstance(close, Close)
 
 
+def test_a_conversation_is_open_on_one_channel_at_most() -> None:
+    session = with_channel()
+    (refused,) = take(session, open_frame(2))
+    assert isinstance(refused, Send)
+    assert isinstance(refused.frame, Closed)
+    assert (refused.frame.channel, refused.frame.code) == (2, CloseCode.MALFORMED)
+    assert session.phase is Phase.LIVE
+    assert take(session, update_frame(1, b"", 2)) == ()
+    take(session, Leave(1))
+    assert take(session, open_frame(2)) == (Enter(open_frame(2)),)
+
+
 def test_channels_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_session_module, "CHANNELS_MAX", 1)
     (refused,) = take(with_channel(), open_frame(2))
