@@ -14,13 +14,16 @@ from websockets.typing import Subprotocol
 
 from crdt_llm.conformance.connection import Endpoint
 from crdt_llm.document.keys import SigningKey
+from crdt_llm.store.archive import Archive
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.store.token_ledger import TokenLedger
 from crdt_llm.sync import frames
 from crdt_llm.sync.access import Authority
+from crdt_llm.sync.conversation_list import ConversationLists
 from crdt_llm.sync.hub import Hub
 from crdt_llm.sync.native_peer import RelayIdentity
 from crdt_llm.sync.relay import Relay
+from crdt_llm.sync.requests import Requests
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -36,18 +39,27 @@ DEADLINE_S = 20.0  # nothing waits that long but what is broken
 BROKEN_DEADLINE_S = 1.5  # what a lie makes wait is waited for in vain
 
 
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
 @asynccontextmanager
 async def relay(folder: Path) -> AsyncIterator[Endpoint]:
     """A real relay on a real socket and disk."""
     log = await SqliteLog.open(folder / "log.db")
     ledger = TokenLedger.open(folder / "tokens.db")
-    authority = Authority(TOKEN, bytes(32), ledger, clock=lambda: time.time_ns() // 1_000_000)
+    authority = Authority(TOKEN, bytes(32), ledger, clock=_now_ms)
     identity = RelayIdentity(SigningKey(bytes(32)).public, log.log_id)
+    hub = Hub(log)
+    archive = Archive.open(folder / "archive.db")
+    lists = ConversationLists(hub, archive, clock=_now_ms)
     running = Relay(
-        Hub(log),
+        hub,
         authenticate=authority.authenticate,
         is_valid=authority.is_valid,
         identity=identity,
+        lists=lists,
+        requests=Requests(lists, authority),
     )
     await running.start()
     try:
@@ -57,6 +69,7 @@ async def relay(folder: Path) -> AsyncIterator[Endpoint]:
         await running.stop()
         await log.close()
         ledger.close()
+        archive.close()
 
 
 @asynccontextmanager
