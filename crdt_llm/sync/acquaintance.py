@@ -57,9 +57,10 @@ class Acquaintances:
             )
         now = {"key": shown, "principal": principal}
         if known != now:
-            self._known[address] = now
+            all_known = self._known | {address: now}
             if self._path is not None:
-                _write(self._path, self._known)
+                _write(self._path, all_known)
+            self._known = all_known
 
 
 def _read(path: Path) -> dict[str, dict[str, str]]:
@@ -69,10 +70,13 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
         return {}
     except OSError as error:
         raise StoreFailed(f"{path} cannot be read: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Corrupt(f"{path} is no list of relays: move it away") from error
     whole = isinstance(known, dict) and all(
-        isinstance(one, dict) and isinstance(one.get("key"), str) for one in known.values()
+        isinstance(one, dict)
+        and isinstance(one.get("key"), str)
+        and isinstance(one.get("principal"), str | None)
+        for one in known.values()
     )
     if not whole:
         raise Corrupt(f"{path} is no list of relays: move it away")

@@ -160,9 +160,8 @@ def decode(data: bytes) -> Record:
     if not data.startswith(_MARK):
         return Heard(data, 0)
     try:
-        kind, *values = msgpack.unpackb(data[len(_MARK) :], strict_map_key=False)
-        return _record(_KINDS[kind], values)
-    except (ValueError, TypeError, IndexError, msgpack.UnpackException) as error:
+        return _record(msgpack.unpackb(data[len(_MARK) :], strict_map_key=False))
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise Corrupt("a record of the replica cannot be read") from error
 
 
@@ -178,28 +177,48 @@ def _bare(value: Any) -> Any:
             return value
 
 
-def _record(kind: type[Record], values: list[Any]) -> Record:
-    if kind is Acknowledged:
-        (numbers,) = values
-        return Acknowledged(tuple(numbers))
-    if kind is Rewrote:
-        outbox, refused = values
-        return Rewrote(_outbox(outbox), _refused(refused))
-    if kind is Whole:
-        acknowledged, log, lsn, outbox, refused, last = values
-        return Whole(acknowledged, log, lsn, _outbox(outbox), _refused(refused), last)
-    return kind(*values)
+def _record(values: Any) -> Record:  # noqa: PLR0911 - one each
+    match values:
+        case [0, bytes(update), int(lsn)]:
+            return Heard(update, lsn)
+        case [1, *written]:
+            return _wrote(written)
+        case [2, list(numbers)] if all(isinstance(number, int) for number in numbers):
+            return Acknowledged(tuple(numbers))
+        case [3, str() | None as log, int(lsn)]:
+            return Position(log, lsn)
+        case [4, list(outbox), list(refused)]:
+            return Rewrote(_outbox(outbox), _refused(refused))
+        case [5, int(number)]:
+            return Discarded(number)
+        case [6, bytes(update), str() | None as log, int(lsn), list(outbox), list(refused), int(n)]:
+            return Whole(update, log, lsn, _outbox(outbox), _refused(refused), n)
+        case _:
+            raise ValueError("no record that is known here")
 
 
 def _outbox(values: Sequence[Any]) -> tuple[Wrote, ...]:
-    return tuple(Wrote(number, update) for number, update in values)
+    return tuple(_wrote(value) for value in values)
+
+
+def _wrote(value: Any) -> Wrote:
+    match value:
+        case [int(number), bytes(update)]:
+            return Wrote(number, update)
+        case _:
+            raise ValueError("that is no write")
 
 
 def _refused(values: Sequence[Any]) -> tuple[RefusedWrite, ...]:
-    return tuple(
-        RefusedWrite(number, code, rule, reason, intents.read(intent))
-        for number, code, rule, reason, intent in values
-    )
+    return tuple(_refused_write(value) for value in values)
+
+
+def _refused_write(value: Any) -> RefusedWrite:
+    match value:
+        case [int(number), str(code), str(rule), str(reason), intent]:
+            return RefusedWrite(number, code, rule, reason, intents.read(intent))
+        case _:
+            raise ValueError("that is no refused write")
 
 
 @dataclass(slots=True)

@@ -88,7 +88,7 @@ class Listings:
             else:
                 lines[conversation] = Listing.of(conversation, facts)
         if self._growing is not None:
-            if not listed.end:
+            if not (listed.whole and listed.end):
                 return
             self._lines, self._growing = self._growing, None
             self.is_known = True

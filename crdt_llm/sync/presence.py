@@ -106,7 +106,7 @@ def _node_of(state: Any) -> NodePresence | None:
         return None
     model, doing = said.get("model"), said.get("doing")
     warm, tokens, queue = (
-        number if isinstance(number := said.get(name), int) else None
+        number if type(number := said.get(name)) is int else None
         for name in ("warm", "tokens", "queue")
     )
     return NodePresence(
