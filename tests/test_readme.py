@@ -85,7 +85,7 @@ def test_the_commands_of_the_terminal_work_in_their_order(
     url: str, environment: dict[str, str]
 ) -> None:
     commands = [line for line in shell_lines() if ".venv/bin/crdt-llm" in line]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         ours = command.replace(".venv/bin/crdt-llm", f"{sys.executable} -m crdt_llm")
         ours = ours.replace("crdt_llm chat", f"crdt_llm chat --url {url}")
@@ -100,6 +100,25 @@ def test_the_commands_of_the_terminal_work_in_their_order(
             check=False,
         )
         assert done.returncode == 0, (command, done.stdout, done.stderr)
+        assert done.stdout.strip(), command
+
+
+@pytest.mark.usefixtures("url")  # tokens are issued beside a relay that runs
+def test_the_commands_for_operators_work(environment: dict[str, str]) -> None:
+    commands = [line for line in shell_lines() if line.startswith("crdt-llm token ")]
+    assert len(commands) == 3
+    for command in commands:
+        words, _, _ = command.partition(" > ")
+        done = subprocess.run(  # noqa: S602 - as above
+            words.replace("crdt-llm", f"{sys.executable} -m crdt_llm"),
+            shell=True,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_S_MAX,
+            env=environment,
+            check=False,
+        )
+        assert done.returncode == 0, (command, done.stderr)
         assert done.stdout.strip(), command
 
 
@@ -128,9 +147,9 @@ def test_the_ready_line_is_the_one_that_is_shown(url: str) -> None:
 def test_the_map_names_every_folder() -> None:
     drawn = README[README.index("## The map") :]
     for folder in sorted((ROOT / "crdt_llm").iterdir()):
-        if folder.is_dir() and folder.name != "__pycache__":
+        if (folder / "__init__.py").exists():
             assert f"  {folder.name}/" in drawn
-    for name in ("protocol", "bench", "tests"):
+    for name in ("protocol", "web", "bench", "tests"):
         assert f"{name}/" in drawn
         assert (ROOT / name).is_dir()
     assert shutil.which("make") is not None
