@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar, assert_never
 
-from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.schema import is_conversation_id
 from crdt_llm.errors import (
     ConnectionLost,
@@ -23,7 +22,6 @@ from crdt_llm.errors import (
     CrdtLlmError,
     Gap,
     LocalMisuse,
-    MalformedMessage,
     Refused,
     Stopping,
     Unavailable,
@@ -34,6 +32,7 @@ from crdt_llm.sync.metrics import MeasuredLog
 from crdt_llm.sync.refusal_rate import RefusalRate
 from crdt_llm.sync.room import Peer, Room, Submission
 from crdt_llm.sync.scrubbing import Scrubber
+from crdt_llm.sync.upkeep import replica_of
 from crdt_llm.sync.verdict import (
     NO_SUCH_CONVERSATION,
     Committed,
@@ -47,6 +46,7 @@ from crdt_llm.sync.wire import AwarenessState
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from crdt_llm.document.conversation import Conversation
     from crdt_llm.store.log import Stored, UpdateLog
     from crdt_llm.store.register import Register, Row
     from crdt_llm.sync.drafts import Listener
@@ -392,15 +392,7 @@ class Hub:
                 answer: Result = room.read(question)
                 return answer
         loaded = await self._log.load(conversation)
-        replica = Conversation(1)  # writes nothing, so its id does not matter
-        try:
-            if loaded.snapshot is not None:
-                replica.apply(loaded.snapshot)
-            for _, update in loaded.updates:
-                replica.apply(update)
-        except MalformedMessage as error:
-            raise Corrupt(f"conversation {conversation} cannot be read from the log") from error
-        return question(replica)
+        return question(await replica_of(loaded, conversation, client_id=1))  # it writes nothing
 
     @property
     def open_rooms(self) -> int:

@@ -79,6 +79,9 @@ CHUNK_SIGNATURES_MAX: Final = 20_000
 """Signatures that are tried to find where the chunks of one reply begin: 2 s in a thread's time,
 and twice the text that any model here writes. What is beyond stays with the last chunk's."""
 
+SIGNATURES_AT_ONCE: Final = 4
+"""Signatures that are tried before others may go on: 0.1 ms each."""
+
 _UNPLACED: Final = frozenset({"state", "usage"})
 _NODE_FIELDS: Final = ("place", "state", "calls", "reads", "sealed", "usage", "salt", "proof")
 
@@ -127,7 +130,7 @@ class Claim:
 
 
 def judge(claim: Claim) -> Iterator[None]:
-    """Check a restore, one entry at a time: whoever runs it may let others go on in between.
+    """Check a restore, step by step: whoever runs it may let others go on in between.
 
     Raises:
         Refused: a rule is broken.
@@ -148,7 +151,7 @@ def judge(claim: Claim) -> Iterator[None]:
     # The parents first: an entry is proved by what it hangs at.
     tree = claim.conversation.tree
     for name in sorted(touched, key=lambda name: tree.facts(name).clock if name in tree else 0):
-        _entry(claim, name)
+        yield from _entry(claim, name)
         yield
 
 
@@ -192,7 +195,7 @@ def _lease(claim: Claim, name: str) -> None:
         claim.doubt("leases", f"this relay has not signed the lease of epoch {epoch}")
 
 
-def _entry(claim: Claim, name: str) -> None:
+def _entry(claim: Claim, name: str) -> Iterator[None]:
     conversation = claim.conversation
     entry = conversation.entry(name)
     born = conversation.born_plain(name)
@@ -207,7 +210,7 @@ def _entry(claim: Claim, name: str) -> None:
     if not conversation.tree.is_admitted(name):
         raise Gap(f"entry {name} stands behind one that is not here")
     try:
-        _admitted(claim, entry)
+        yield from _admitted(claim, entry)
     except BadProof as error:
         claim.doubt("proof", f"entry {name}: {error}")
 
@@ -279,7 +282,7 @@ def _stop(claim: Claim, entry: Entry) -> None:
         claim.doubt("stop", f"another than {named!r} stopped entry {entry.id} in that name")
 
 
-def _admitted(claim: Claim, entry: Entry) -> None:
+def _admitted(claim: Claim, entry: Entry) -> Iterator[None]:
     """X3, X4."""
     conversation = claim.conversation
     place = entry.place
@@ -290,7 +293,7 @@ def _admitted(claim: Claim, entry: Entry) -> None:
         if entry.proof is not None:
             raise BadProof("a proof before its end")
         if not entry.redacted:
-            verify_chunks(conversation, entry, claim.relay)
+            yield from verify_chunks(conversation, entry, claim.relay)
         return
     if entry.is_slot and entry.state not in ENDED:
         raise BadProof("a place without a state")
@@ -316,11 +319,12 @@ def _committed(claim: Claim, entry: Entry) -> None:
         raise BadProof("the sealed tokens that were committed to are missing")
 
 
-def verify_chunks(conversation: Conversation, entry: Entry, relay: bytes | None) -> None:
+def verify_chunks(conversation: Conversation, entry: Entry, relay: bytes | None) -> Iterator[None]:
     """X4: the chunks of a reply that streams belong to it and to its text.
 
     A chunk's signature covers the text as it stood, whose length is written nowhere: so each chunk
-    is tried at every beginning of the text from the one before it on.
+    is tried at every beginning of the text from the one before it on. That may take seconds, so
+    whoever runs this may let others go on after each few of them.
 
     Raises:
         BadProof: one does not, or there is text without any.
@@ -339,6 +343,8 @@ def verify_chunks(conversation: Conversation, entry: Entry, relay: bytes | None)
             left -= 1
             if left < 0:
                 return
+            if left % SIGNATURES_AT_ONCE == 0:
+                yield
             try:
                 verify_chunk(conversation, blob, where.at(chunk), text[:end], None)
             except BadProof:

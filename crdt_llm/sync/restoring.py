@@ -9,10 +9,12 @@ through once it was applied: judged, corrected, remembered. The rules themselves
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from crdt_llm.errors import Gap, Refused
 from crdt_llm.sync import ledger
+from crdt_llm.sync.offload import offload
 from crdt_llm.sync.provenance import Provenance
 from crdt_llm.sync.restore import (
     Claim,
@@ -39,10 +41,6 @@ if TYPE_CHECKING:
 
 JUDGED_AT_ONCE: Final = 4
 """Steps of judging a restore before others get the thread: 0.3 ms each."""
-
-OFFLOAD_BYTES_MIN: Final = 32 << 10
-"""From here on a document is read in a thread: 1.5 MB take the better part of a second, and the
-event loop belongs to all conversations."""
 
 
 class Restoring:
@@ -222,6 +220,4 @@ class Restoring:
 
 async def _sources_of(replica: Conversation) -> Provenance:
     document = replica.diff()
-    if len(document) < OFFLOAD_BYTES_MIN:
-        return Provenance.of(document)
-    return await asyncio.to_thread(Provenance.of, document)
+    return await offload(len(document), partial(Provenance.of, document))

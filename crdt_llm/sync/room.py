@@ -49,7 +49,7 @@ from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 from crdt_llm.document import rules
 from crdt_llm.document.chain import lease_message
@@ -59,7 +59,6 @@ from crdt_llm.document.conversation import (
     EMPTY_UPDATE,
     LEASES,
     META,
-    Conversation,
     Shadow,
 )
 from crdt_llm.document.keys import verify
@@ -69,7 +68,6 @@ from crdt_llm.document.updates import merge
 from crdt_llm.errors import (
     BadProof,
     Behind,
-    Corrupt,
     CrdtLlmError,
     Forbidden,
     Gap,
@@ -77,13 +75,13 @@ from crdt_llm.errors import (
     MalformedMessage,
     Refused,
     Stopping,
-    StoreFailed,
     TooLarge,
     Unavailable,
 )
 from crdt_llm.sync import ledger
 from crdt_llm.sync.awareness import Awareness
-from crdt_llm.sync.restoring import OFFLOAD_BYTES_MIN, Restoring
+from crdt_llm.sync.offload import offload
+from crdt_llm.sync.restoring import Restoring
 from crdt_llm.sync.rights import WRITERS, right_of
 from crdt_llm.sync.shape import Places, check_shape, fresh, hides
 from crdt_llm.sync.structure import (
@@ -96,14 +94,14 @@ from crdt_llm.sync.structure import (
     find_rewrite,
     read_update,
 )
-from crdt_llm.sync.tail import Tail
+from crdt_llm.sync.upkeep import Upkeep
 from crdt_llm.sync.verdict import Committed, Denied, Known, Lacking, one_line, reason_of
 from crdt_llm.sync.wire import UPDATE_BYTES_MAX, decode_state_vector, encode_state_vector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from crdt_llm.document.conversation import Change
+    from crdt_llm.document.conversation import Change, Conversation
     from crdt_llm.store.log import UpdateLog
     from crdt_llm.store.register import Register, Row
     from crdt_llm.sync.refusal_rate import RefusalRate
@@ -111,8 +109,6 @@ if TYPE_CHECKING:
     from crdt_llm.sync.structure import Id, Limits, Missing, Struct
     from crdt_llm.sync.verdict import Verdict
     from crdt_llm.sync.wire import AwarenessState
-
-Result = TypeVar("Result")
 
 logger = logging.getLogger("crdt_llm.sync")
 
@@ -143,21 +139,8 @@ NODE_RESERVE_BYTES: Final = 1 << 20
 DOCUMENT_SLACK_BYTES: Final = 64 << 10
 """How far below the limit the exact size must be found to go on without measuring each update."""
 
-COMPACT_RATIO: Final = 1
-"""A log this many times as large as its snapshot is folded into a new one: the store stays within
-twice the document, and each byte is rewritten a bounded number of times."""
-
-COMPACT_BYTES_MIN: Final = 64 << 10
-"""Below this a snapshot is not worth its commit."""
-
-COMPACT_UPDATES_MAX: Final = 4096
-"""Updates after which the log is folded in any case: loading applies them one by one, in 50 us."""
-
 SPARE_BEHIND_MAX: Final = 64
 """Updates that the spare copy of a room's document may lag behind: joined, they cost like one."""
-
-REPLAY_CHUNK: Final = 256
-"""Updates that are replayed at a time while a room is loaded; then others get the thread."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -368,15 +351,13 @@ class Room:
     ) -> None:
         self.id = conversation
         self.awareness = Awareness(clock)
-        self.lsn = 0
         self.idle_since = clock()
-        self._log = log
+        self._log_id = log.log_id
         self._clock = clock
         self._random = random
         self._committed = committed
         self._ended = ended
         self._register = register
-        self._scrubber = scrubber
         self._refusals = refusals
         self._keeps_leases = keeps_leases
         self._relay_key = relay_key
@@ -385,9 +366,6 @@ class Room:
         self._is_noteworthy = False  # something beside the document changed since the row was saved
         self._behind: tuple[str, ...] = ()  # tips that the register has and the document lacks
         self._restoring = Restoring(conversation, relay_key, self._clients)
-        self._withdrawals = 0  # turns with a withdrawal, since loading...
-        self._scrubbed = 0  # ...and how many of them are wiped from the log's file
-        self._scrubbing: asyncio.Task[None] | None = None
         self._late: deque[tuple[_Seat, Submission, Denied]] = deque()  # refusals that waited
         self._granting: deque[tuple[bytes, asyncio.Future[int]]] = deque()
         self._replica: Conversation | None = None
@@ -402,15 +380,12 @@ class Room:
         self._is_index_ahead = False  # it holds the update that is being checked
         self._ahead: list[bytes] = []  # what the replica has and the copy lacks
         self._wants_spare = False
-        self._snapshot_bytes = 0
-        self._log_bytes = 0  # since the snapshot
-        self._log_updates = 0
-        self._tail = Tail()
         self._seats: dict[Peer, _Seat] = {}
         self._entering: dict[Peer, asyncio.Future[None]] = {}
         self._asking: dict[Peer, None] = {}
         self._line: deque[_Seat] = deque()  # seats with something to check, each once
         self._wake = asyncio.Event()
+        self._upkeep = Upkeep(conversation, log, scrubber, self._wake.set)
         self._in_turn = False  # the replica holds something that is not durable yet
         self._is_resting = False  # the actor waits for something to do
         self._stopping = False
@@ -507,7 +482,7 @@ class Room:
 
     def since(self, lsn: int) -> bytes | None:
         """What was committed after ``lsn``; ``None`` if not all of it is at hand (see ``diff``)."""
-        updates = self._tail.since(lsn)
+        updates = self._upkeep.since(lsn)
         if updates is None:
             return None
         return merge(updates) if updates else EMPTY_UPDATE
@@ -520,6 +495,11 @@ class Room:
     def read(self, question: Callable[[Conversation], Any]) -> Any:
         """What a pure function of the replica says. Only between turns (I1)."""
         return question(self._settled_replica())
+
+    @property
+    def lsn(self) -> int:
+        """The place of what was committed last in the log."""
+        return self._upkeep.lsn
 
     @property
     def epoch(self) -> int:
@@ -560,8 +540,8 @@ class Room:
     @property
     def is_idle(self) -> bool:
         """Whether nobody is here and nothing is going on."""
-        expected = self._seats or self._entering or self._wake.is_set() or self._scrubbing
-        return self._is_resting and not expected
+        expected = self._seats or self._entering or self._wake.is_set()
+        return self._is_resting and not expected and not self._upkeep.is_scrubbing
 
     def nudge(self) -> None:
         """Have another look at what is owed; called every few seconds."""
@@ -624,7 +604,7 @@ class Room:
             self._take_late(batch)
             await self._check_batch(batch)
             if batch.accepted:
-                await self._commit(batch)
+                await self._upkeep.append(batch.updates)
             was_noteworthy = self._is_noteworthy
             if batch.accepted or was_noteworthy:
                 await self._note(batch)
@@ -637,9 +617,9 @@ class Room:
         self._give_answers()
         if batch.accepted or was_noteworthy:
             self._committed(self.id)
-        if batch.accepted:
-            await self._compact_if_due()
-        await self._scrub_if_owed()
+        if batch.accepted and self._upkeep.is_compaction_due:
+            await self._compact()
+        await self._wipe_if_owed()
         self._make_spare()
         if self._line or self._asking:
             self._wake.set()
@@ -788,7 +768,7 @@ class Room:
         limits = DOCUMENT_LIMITS if is_large else TRANSACTION_LIMITS
         update, known = submission.update, self._known
         look_at = functools.partial(_look_at, update, limits, known, node=author.node or is_restore)
-        look = await _offload(len(update), look_at)
+        look = await offload(len(update), look_at)
         if not is_restore:
             self._check_clients(look.fresh, author)
         if look.fresh and not is_restore and not self._may_write(author):
@@ -797,7 +777,7 @@ class Room:
             since = encode_state_vector({**known, **look.repeated})
             held = self._loaded_replica().diff(since)
             find = functools.partial(_find_rewrite, look.structure, held)
-            rewritten = await _offload(len(update) + len(held), find)
+            rewritten = await offload(len(update) + len(held), find)
             if rewritten is not None:
                 raise Refused(
                     "rewrite",
@@ -815,7 +795,7 @@ class Room:
             replica = self._loaded_replica()
             held = replica.diff(replica.state_vector())
             read = functools.partial(read_update, held, HELD_LIMITS)
-            self._deletions = (await _offload(len(held), read)).deleted
+            self._deletions = (await offload(len(held), read)).deleted
         return self._deletions
 
     def _may_write(self, author: Author) -> bool:
@@ -866,10 +846,7 @@ class Room:
             return
         spare = self._spare
         if spare is None:
-            loaded = await self._log.load(self.id)
-            spare = Shadow(self._new_client_id(), loaded.snapshot or EMPTY_UPDATE)
-            for update in (*(update for _, update in loaded.updates), *accepted):
-                spare.apply(update)
+            spare = await self._upkeep.shadow(self._new_client_id(), accepted)
         else:
             self._follow()
         self._spare = None
@@ -946,7 +923,7 @@ class Room:
             read = functools.partial(read_update, whole, HELD_LIMITS)
             self._index = {
                 client: list(structs)
-                for client, structs in (await _offload(len(whole), read)).structs.items()
+                for client, structs in (await offload(len(whole), read)).structs.items()
             }
             self._is_index_ahead = True
         Places(
@@ -1009,18 +986,16 @@ class Room:
             current = ledger.first_row(replica)
         else:
             self._clients.update(row.clients)
-            self._withdrawals = int(row.scrub_owed)
             self._behind = ledger.missing_tips(row, replica)
             # A log that ends before what it is known to have held has lost its end.
-            cut = row.log_id != self._log.log_id or self.lsn < row.lsn
+            cut = row.log_id != self._log_id or self.lsn < row.lsn
             self._restoring.is_going_on = cut or bool(self._behind) or replica.id is None
             await self._restoring.load(row, replica)
             current = row if self._restoring.is_going_on else ledger.reconciled(row, replica)
         if current is not None and current.scrub_owed:
-            self._tail.begin(self.lsn, ())  # what was withdrawn may be in what was loaded
+            self._upkeep.owe()
         if current is not None and current is not row:
-            self._withdrawals = int(current.scrub_owed)
-            current = replace(current, log_id=self._log.log_id, lsn=self.lsn)
+            current = replace(current, log_id=self._log_id, lsn=self.lsn)
             await self._register.save(current)
         self._row = current
         self._in_turn = False
@@ -1038,8 +1013,7 @@ class Room:
                 row = ledger.follow(row, change, replica)
                 if ledger.withdraws(change):
                     row = replace(row, scrub_owed=True)
-                    self._withdrawals += 1
-                    self._tail.begin(self.lsn, ())  # nobody who comes back gets it from there
+                    self._upkeep.owe()
         if row is None or (row is self._row and not self._is_noteworthy):
             return
         waiting = MappingProxyType(self._restoring.waiting)
@@ -1051,7 +1025,7 @@ class Room:
 
     async def _save(self, row: Row) -> None:
         if not self._restoring.is_going_on:
-            row = replace(row, log_id=self._log.log_id, lsn=self.lsn)
+            row = replace(row, log_id=self._log_id, lsn=self.lsn)
         await self._register.save(row)
         self._row = row
 
@@ -1076,84 +1050,23 @@ class Room:
 
     async def _rebuild(self, accepted: Sequence[bytes]) -> None:
         """Make the replica anew from the log and what this turn has accepted."""
-        loaded = await self._log.load(self.id)
-        try:
-            replica = Conversation(self._new_client_id())
-            if loaded.snapshot is not None:
-                replica.apply(loaded.snapshot)
-            for index, (_, update) in enumerate(loaded.updates, 1):
-                replica.apply(update)
-                if index % REPLAY_CHUNK == 0:
-                    await asyncio.sleep(0)
-            for update in accepted:
-                replica.apply(update)
-        except MalformedMessage as error:
-            raise Corrupt(
-                f"conversation {self.id} cannot be read from the log: restore it from a replica"
-            ) from error
+        replica = await self._upkeep.load(self._new_client_id(), accepted)
         self._replica, self._deletions, self._spare = replica, None, None
         self._ahead.clear()
         self._index, self._is_index_ahead = None, False
         self._known = decode_state_vector(replica.state_vector())
-        self.lsn = loaded.lsn
-        self._snapshot_bytes = len(loaded.snapshot or b"")
-        self._log_bytes = sum(len(update) for _, update in loaded.updates)
-        self._log_updates = len(loaded.updates)
-        owed = self._row is not None and self._row.scrub_owed
-        self._tail.begin(loaded.lsn, () if owed else loaded.updates)
-        self._document_bytes = (
-            self._snapshot_bytes + self._log_bytes + sum(len(update) for update in accepted)
-        )
+        self._document_bytes = self._upkeep.stored_bytes + sum(len(update) for update in accepted)
 
-    async def _commit(self, batch: _Batch) -> None:
-        updates = batch.updates
-        self.lsn = await self._log.append(self.id, updates)
-        self._tail.append(self.lsn, updates)
-        self._log_bytes += sum(len(update) for update in updates)
-        self._log_updates += len(updates)
-
-    async def _compact_if_due(self) -> None:
-        due = self._log_bytes >= max(COMPACT_BYTES_MIN, COMPACT_RATIO * self._snapshot_bytes)
-        if due or self._log_updates >= COMPACT_UPDATES_MAX:
-            await self._compact()
-
-    async def _compact(self) -> bool:
+    async def _compact(self) -> None:
         snapshot = self.diff()
-        try:
-            await self._log.compact(self.id, snapshot, self.lsn)
-        except StoreFailed as error:
-            # Nothing is lost; it is tried again when the log has doubled.
-            logger.warning("conversation %s is not compacted: %s", self.id, error)
-            self._snapshot_bytes += self._log_bytes
-            is_done = False
-        else:
-            self._snapshot_bytes = self._document_bytes = len(snapshot)
-            is_done = True
-        self._log_bytes = self._log_updates = 0
-        return is_done
+        if await self._upkeep.compact(snapshot):
+            self._document_bytes = len(snapshot)
 
-    async def _scrub_if_owed(self) -> None:
+    async def _wipe_if_owed(self) -> None:
         """I9. The mark goes only when all that it stands for is wiped."""
         row = self._row
-        if row is None or not row.scrub_owed or self._scrubbing is not None:
-            return
-        if self._scrubbed == self._withdrawals:
+        if row is not None and row.scrub_owed and await self._upkeep.wipe(self.diff):
             await self._save(replace(row, scrub_owed=False))
-        elif (not self._log_updates and not self._snapshot_bytes) or await self._compact():
-            scrub = self._scrub(self._withdrawals)
-            self._scrubbing = asyncio.get_running_loop().create_task(scrub, name=f"scrub {self.id}")
-
-    async def _scrub(self, withdrawals: int) -> None:
-        try:
-            await self._scrubber.scrub()
-        except (StoreFailed, Corrupt) as error:
-            # The mark stays; it is tried again with the next commit or tick, or after a restart.
-            logger.warning("conversation %s is not scrubbed: %s", self.id, error)
-        else:
-            self._scrubbed = withdrawals
-            self._wake.set()
-        finally:
-            self._scrubbing = None
 
     # -- handing out ---------------------------------------------------------------------------
 
@@ -1261,11 +1174,6 @@ class Room:
         if self._in_turn:
             raise LocalMisuse("a room's state was read while some of it was not durable")
         return self._loaded_replica()
-
-
-async def _offload(size: int, work: Callable[[], Result]) -> Result:
-    """Do what costs as much as ``size`` bytes to read, in a thread if that is long."""
-    return await asyncio.to_thread(work) if size >= OFFLOAD_BYTES_MIN else work()
 
 
 def _touches_rights(change: Change) -> bool:

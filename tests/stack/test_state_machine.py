@@ -34,7 +34,7 @@ from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.schema import ENDED, State
 from crdt_llm.inference.replay import replay
 from crdt_llm.inference.transcript import Transcript
-from crdt_llm.sync import local_replica, room
+from crdt_llm.sync import local_replica, upkeep
 from crdt_llm.sync.wire import decode_state_vector
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Stack(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         # So that these short conversations are compacted again and again, on both sides.
         self.patch.setattr(local_replica, "COMPACT_BYTES_MIN", 2000)
-        self.patch.setattr(room, "COMPACT_BYTES_MIN", 2000)
+        self.patch.setattr(upkeep, "COMPACT_BYTES_MIN", 2000)
 
     @initialize(seed=st.integers(0, 2**32), slow=st.booleans())
     def begin(self, seed: int, *, slow: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,13 @@ from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.keys import SigningKey
 from crdt_llm.document.schema import Birth, Grant, State, conversation_id
 from crdt_llm.document.seal import place_of
-from crdt_llm.errors import Behind, Forbidden, Gap, Refused
+from crdt_llm.errors import BadProof, Behind, Forbidden, Gap, Refused
 from crdt_llm.store.memory import MemoryDisk
 from crdt_llm.sync import ledger
 from crdt_llm.sync.access import Pass
 from crdt_llm.sync.frames import Ack, Opened, Restore
 from crdt_llm.sync.peer import RemotePeer
+from crdt_llm.sync.restore import SIGNATURES_AT_ONCE, verify_chunks
 from crdt_llm.sync.wire import SyncStep1, SyncStep2, decode, decode_state_vector, encode
 
 if TYPE_CHECKING:
@@ -330,6 +331,20 @@ async def test_a_seal_of_another_conversation_is_refused() -> None:
     member = await world.place.join(conversation=other)
     with pytest.raises((Refused, Gap)):
         await member.membership.submit(document, restore=True)
+
+
+async def test_a_reply_whose_chunks_fit_nowhere_is_searched_in_short_steps() -> None:
+    world = await a_world()
+    await world.node.say(world.streaming, "x" * 200)
+    replica = world.replica()
+    entry = replica.entry(world.streaming)
+    assert entry is not None
+    # The first chunk is one of another place: every beginning of the text is tried.
+    forged = replace(entry, sealed=(entry.sealed[1], *entry.sealed[1:]))
+    steps: list[None] = []
+    with pytest.raises(BadProof):
+        steps.extend(verify_chunks(replica, forged, None))
+    assert len(steps) >= len(entry.content) / SIGNATURES_AT_ONCE - 1
 
 
 # -- what the register decides ------------------------------------------------------------------

@@ -26,7 +26,9 @@ from crdt_llm.errors import (
 )
 from crdt_llm.sync import room as room_module
 from crdt_llm.sync import structure
-from crdt_llm.sync.room import COMPACT_BYTES_MIN, OFFLOAD_BYTES_MIN, UNSETTLED_MAX
+from crdt_llm.sync.offload import OFFLOAD_BYTES_MIN
+from crdt_llm.sync.room import UNSETTLED_MAX
+from crdt_llm.sync.upkeep import COMPACT_BYTES_MIN
 from crdt_llm.sync.wire import decode_state_vector
 
 if TYPE_CHECKING:
@@ -313,11 +315,11 @@ async def test_what_is_no_update_is_refused(update: bytes) -> None:
 async def test_a_large_update_is_read_in_a_thread_with_the_same_verdict() -> None:
     place = Place()
     owner, device = await born(place)
-    text = "x" * (room_module.OFFLOAD_BYTES_MIN + 1)
+    text = "x" * (OFFLOAD_BYTES_MIN + 1)
     await owner.membership.submit(device.say(text))
     assert replayed([(await place.join()).membership.state]).texts == [text]
     with pytest.raises(MalformedMessage):
-        await owner.membership.submit(bytes([1]) * room_module.OFFLOAD_BYTES_MIN)
+        await owner.membership.submit(bytes([1]) * OFFLOAD_BYTES_MIN)
 
 
 async def test_a_conversation_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from crdt_llm.errors import CrdtLlmError, MalformedMessage, StoreFailed
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
 from crdt_llm.sync import outbox as outbox_module
 from crdt_llm.sync import room as room_module
+from crdt_llm.sync import upkeep as upkeep_module
 from crdt_llm.sync.hub import Hub
 from crdt_llm.sync.peer import RemotePeer
 from crdt_llm.sync.structure import brings, find_gap, read_update
@@ -325,7 +326,7 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox_module, "WAITING_FRAMES_MAX", 6)
     monkeypatch.setattr(room_module, "BATCH_UPDATES_MAX", 4)
     monkeypatch.setattr(room_module, "UNSETTLED_MAX", 3)
-    monkeypatch.setattr(room_module, "COMPACT_BYTES_MIN", 2000)
+    monkeypatch.setattr(upkeep_module, "COMPACT_BYTES_MIN", 2000)
 
 
 async def run(seed: int) -> World:
