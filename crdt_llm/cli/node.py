@@ -235,7 +235,10 @@ def make_node(
 
         return RemoteSeat(await link.take_seat(conversation, Calls(deliver, lost, hint)))
 
-    surroundings = Surroundings(take_seat, start_engine, now_ms, os.urandom, seats_max=SEATS_MAX)
+    # A relay names what changed where this node has no seat.
+    surroundings = Surroundings(
+        take_seat, start_engine, now_ms, os.urandom, seats_max=SEATS_MAX, gives_back=True
+    )
     sealer = Sealer(secrets.master, os.urandom)
     identity = Identity(secrets.key, sealer, os.urandom, model_dir.name, renderer.id)
     node = Node(surroundings, renderer, vocabulary, identity)

@@ -203,6 +203,7 @@ class NodeSeat:
         """Give the seat back, and the lease with it."""
         if self._over is None:
             self._link.send(Leave(self.channel))
+            self._link.leaving[self.channel] = self.conversation
         self.end(ConnectionLost("this seat was left"), told=False)
 
     # -- for the link --------------------------------------------------------------------------
@@ -308,6 +309,8 @@ class NodeLink:
 
     Attributes:
         relay_key: The public key of the relay, once connected.
+        leaving: Channels that were left, until the relay has heard of it. It names no work there
+            yet; so what it still says on one is work.
     """
 
     def __init__(  # noqa: PLR0913 - everything outside is an argument
@@ -333,6 +336,7 @@ class NodeLink:
         self._backoff = Backoff(random)
         self._online = asyncio.Event()
         self._seats: dict[int, NodeSeat] = {}
+        self.leaving: dict[int, str] = {}
         self._kept: dict[str, _Kept] = {}  # the least recently used first
         self._last_channel = 0
         self._outgoing: deque[FromClient] = deque()
@@ -438,7 +442,7 @@ class NodeLink:
     def _free_channel(self) -> int:
         for _ in range(CHANNEL_MAX):
             self._last_channel = self._last_channel % CHANNEL_MAX + 1
-            if self._last_channel not in self._seats:
+            if self._last_channel not in self._seats and self._last_channel not in self.leaving:
                 return self._last_channel
         raise LocalMisuse(f"a connection has at most {CHANNEL_MAX} seats")
 
@@ -494,6 +498,7 @@ class NodeLink:
         self.problem = "the connection to the relay broke"
         for seat in tuple(self._seats.values()):
             seat.end(ConnectionLost(self.problem))
+        self.leaving.clear()
         self._outgoing.clear()
         self._drained.set()
 
@@ -509,6 +514,12 @@ class NodeLink:
                         self._work(conversation)
                 case Welcome() | Listed() | Answer():
                     pass  # nothing of the kind was asked for
+                case Change() | State() | Closed() if frame.channel in self.leaving:
+                    conversation = self.leaving[frame.channel]
+                    if isinstance(frame, Closed):
+                        del self.leaving[frame.channel]
+                    else:
+                        self._work(conversation)
                 case _:
                     seat = self._seats.get(frame.channel)
                     if seat is not None:

@@ -50,7 +50,7 @@ from crdt_llm.inference.tokens import Vocabulary
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
 from crdt_llm.store.register import MemoryRegister
 from crdt_llm.sync.access import Pass
-from crdt_llm.sync.frames import Code, Nack, decode_from_relay
+from crdt_llm.sync.frames import Code, Nack, Open, decode_from_client, decode_from_relay
 from crdt_llm.sync.hub import Hub
 from crdt_llm.sync.leases import LeaseOffice
 from crdt_llm.sync.native_peer import NativeConnection, RelayIdentity
@@ -103,6 +103,16 @@ class House:
         finally:
             loop.close()
         return report
+
+    def count_opens(self, tokens: int) -> Counter[str]:
+        """How often each of two nodes takes a seat while one of them streams so many tokens."""
+        loop = StackLoop()
+        try:
+            opens: Counter[str] = loop.run(_stream(self, tokens))
+            loop.run(loop.shutdown_asyncgens())
+        finally:
+            loop.close()
+        return opens
 
 
 class ScriptedEngine:
@@ -195,6 +205,8 @@ class Line:
 
     async def send(self, frame: bytes) -> None:
         await asyncio.sleep(0)
+        if isinstance(decode_from_client(frame), Open):
+            self._world.opens[self.owner] += 1
         self.up.put(frame)
 
     async def receive(self) -> bytes:
@@ -320,7 +332,7 @@ class Machine:
         ) -> RemoteSeat:
             return RemoteSeat(await link.take_seat(conversation, Calls(deliver, lost)))
 
-        node = self.node = world.make_node(take_seat, self.key, self._random)
+        node = self.node = world.make_node(take_seat, self.key, self._random, gives_back=True)
 
         async def look() -> None:
             while True:
@@ -405,6 +417,7 @@ class World:
         self.seed = seed
         self.random = Random(seed)
         self.report = Report(seed)
+        self.opens: Counter[str] = Counter()  # seats that were asked for, by node
         self.disk = MemoryDisk("relay")
         self.register_disk: dict[str, Row] = {}
         self.is_up = False
@@ -497,7 +510,14 @@ class World:
             self._unsubscribe()
             await node.close()
 
-    def make_node(self, take_seat: Callable[..., object], key: SigningKey, random: Random) -> Node:
+    def make_node(
+        self,
+        take_seat: Callable[..., object],
+        key: SigningKey,
+        random: Random,
+        *,
+        gives_back: bool = False,
+    ) -> Node:
         house = self.house
 
         async def start_engine() -> Engine:
@@ -508,6 +528,7 @@ class World:
             start_engine,
             self._now_ms,
             random.randbytes,
+            gives_back=gives_back,
         )
         sealer = Sealer(MASTER, random.randbytes)
         identity = Identity(key, sealer, random.randbytes, "", house.renderer.id)
@@ -575,9 +596,10 @@ class Person:
         tokens = self._random.choice((2, 8, 30))
         return Params(max_tokens=tokens, seed=self._random.randrange(1000), temperature=0.7)
 
-    async def ask(self) -> None:
+    async def ask(self, tokens: int | None = None) -> None:
         tree, question, slot = self.replica.tree, self._new_id(), self._new_id()
-        clock, after, params = tree.clock, tree.last(""), self._params()
+        clock, after = tree.clock, tree.last("")
+        params = self._params() if tokens is None else Params(max_tokens=tokens, seed=1)
 
         def write(writer: object) -> None:
             writer.add(question, self._born(Role.USER, clock + 1, after), "why?")  # type: ignore[attr-defined]
@@ -703,6 +725,21 @@ async def _play(house: House, seed: int) -> Report:
     finally:
         await _abandon()
     return world.report
+
+
+async def _stream(house: House, tokens: int) -> Counter[str]:
+    world = World(house, 1)
+    try:
+        await world.start_relay()
+        for name in NODES[:2]:
+            await world.machines[name].start()
+        await world.person.ask(tokens)
+        await asyncio.sleep(tokens * STEP_S + 2 * TTL_S)
+        assert world.person.is_settled
+        world.person.check()
+    finally:
+        await _abandon()
+    return world.opens
 
 
 async def _step(world: World) -> None:  # noqa: C901 - a table of what happens

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SLICES = 4
 SEEDS_OF_SLICE = 5
+OPENS_MAX = 4  # at the start, to stand by for the reply, and for what came after it
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,15 @@ def test_two_nodes_never_answer_one_slot_and_no_reply_is_doubled_or_lost(
 
 def test_a_seed_replays(house: House) -> None:
     assert house.run(19) == house.run(19)
+
+
+def test_a_node_with_nothing_to_do_hardly_takes_a_seat_while_another_one_streams(
+    house: House,
+) -> None:
+    """It is named the conversation about once a second, which is 40 times."""
+    opens = house.count_opens(tokens=200)
+    assert set(opens) == {"ada", "bob"}
+    assert max(opens.values()) <= OPENS_MAX
 
 
 def test_it_is_the_fence_that_holds(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

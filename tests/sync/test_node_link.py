@@ -193,6 +193,20 @@ async def test_a_seat_begins_with_the_document_and_hears_what_follows(relay: Rel
     assert relay.worked == [HERE]
 
 
+async def test_what_is_said_on_a_channel_that_was_just_left_is_work(relay: Relay) -> None:
+    """The relay names no work there before it has heard that the seat was left."""
+    wire, seat, sitter, channel = await seated(relay)
+    await seat.leave()
+    await wire.hear(Leave)
+    wire.say(Change(channel, 4, changed(relay, "news")))
+    await relay.work.wait()
+    assert (relay.worked, sitter.delivered) == ([HERE], [])
+    wire.say(Closed(channel, 1000, ""), Change(channel, 5, changed(relay, "more")), Work((HERE,)))
+    relay.work.clear()
+    await relay.work.wait()
+    assert relay.worked == [HERE, HERE]
+
+
 async def test_after_a_lost_connection_only_what_is_missing_is_asked_for(relay: Relay) -> None:
     wire, _, sitter, channel = await seated(relay)
     wire.say(Change(channel, 9, changed(relay, "first")))
