@@ -185,7 +185,7 @@ class OpenClient implements Client, Host {
     }
     if (known === null || pinned === null) {
       this.profile = { ...this.profile, principal, relay }
-      this.save()
+      void this.saveNow() // a page that ends next can write offline when it comes again
     }
     return null
   }

@@ -151,6 +151,16 @@ describe('who we are', () => {
     expect(world.client.status).toMatchObject({ state: 'online', principal: 'olga' })
   })
 
+  it('is kept at once: a page that ends right after the greeting can begin one offline', async () => {
+    const world = await new World().start()
+    world.greet()
+    await turn() // no time passes, and nothing is closed
+    const later = new World()
+    Object.assign(later, { store: world.store })
+    await later.start({ offline: true })
+    expect((await later.client.create()).meta.owner).toBe('olga')
+  })
+
   it('does not change within a profile', async () => {
     const world = await new World().start({ principal: 'olga' })
     world.greet('ann')

@@ -1,9 +1,17 @@
 import { describe, expect, it } from 'vitest'
 import { Document } from '../src/document.js'
 import { canonical, nobleCheck, signatureCheck, verifyPath } from '../src/verify.js'
-import chain from './vectors/chain.json'
-import { hex, unhex } from './vectors.js'
+import { hex, unhex, vectors } from './vectors.js'
 
+interface Case {
+  readonly about: string
+  readonly document: string
+  readonly path: string[]
+  readonly holds: [string, boolean][]
+  readonly digests: string[]
+}
+
+const chain = vectors('chain.json') as { conversation: string; relay: string; cases: Case[] }
 const relay = unhex(chain.relay)
 
 const documentOf = (update: string): Document => {

@@ -1,10 +1,8 @@
-"""Writes ``vectors/chain.json``: documents with a chain, and of each entry whether it holds.
+"""Makes ``protocol/vectors/chain.json``: documents with a chain, and which of its entries hold.
 
-They are made and judged by the Python implementation, for the JavaScript one to be compared with.
-Run it from the repository's root: ``.venv/bin/python web/provider/tests/make_chain_vectors.py``.
+Keys and ids are fixed, so that making it twice gives equal verdicts and digests. Run it after a
+change of what is hashed or signed: ``python tests/document/make_chain_vectors.py``.
 """
-
-# ruff: noqa: INP001 - a program beside the tests that read what it makes, no package
 
 from __future__ import annotations
 
@@ -40,6 +38,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from crdt_llm.document.conversation import Writer
+
+FILE = Path(__file__).resolve().parents[2] / "protocol" / "vectors" / "chain.json"
+ABOUT = "Documents with a chain, and of each entry that the walk comes to whether it holds."
 
 BIRTH = Birth("olga", b"n" * 16)
 CONVERSATION = conversation_id(BIRTH)
@@ -120,7 +121,7 @@ def changed(write: Callable[[Writer], object], *, taken_over: bool = False) -> C
 def withdraw(writer: Writer, entry: str) -> None:
     """As an author does; the commitments stay."""
     writer.set(entry, "redacted", {"by": "olga", "at": 1})
-    fields = writer._entries[entry]  # noqa: SLF001 - the writer has no method for deletions
+    fields = writer._entries[entry]  # the writer has no method for deletions
     for key in ("content", "salt"):
         del fields[key]
 
@@ -156,8 +157,8 @@ def digests(conversation: Conversation, path: Sequence[str]) -> list[bytes]:
     ]
 
 
-def main() -> None:
-    """Write the file."""
+def vectors() -> str:
+    """The whole file."""
     cases: list[dict[str, Any]] = []
     for about, conversation in CASES.items():
         path = conversation.tree.path(LATER)
@@ -173,16 +174,14 @@ def main() -> None:
                 "digests": [digest.hex() for digest in digests(conversation, path)],
             }
         )
-    vectors = {
-        "about": "Documents with a chain, and of each entry on the path to which the walk comes"
-        " whether it holds.",
+    made = {
+        "about": ABOUT,
         "conversation": CONVERSATION,
         "relay": RELAY.public.hex(),
         "cases": cases,
     }
-    file = Path(__file__).parent / "vectors" / "chain.json"
-    file.write_text(json.dumps(vectors, indent=1) + "\n")
+    return json.dumps(made, indent=1) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    FILE.write_text(vectors(), encoding="utf-8")
