@@ -6,6 +6,8 @@ It must not know sockets, nor the connection's other channels.
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from crdt_llm.document.conversation import EMPTY_STATE_VECTOR
 from crdt_llm.document.rules import Author
 from crdt_llm.document.schema import Grant
-from crdt_llm.errors import LocalMisuse
+from crdt_llm.errors import LocalMisuse, Unavailable
 from crdt_llm.sync import frames
 from crdt_llm.sync.frames import Change
 from crdt_llm.sync.room import Peer, Submission
@@ -34,6 +36,27 @@ if TYPE_CHECKING:
 
 NODE: Final = "node"
 """Who a node is in a conversation, whatever its token calls it: its lease's key says which one."""
+
+
+PATIENCE_S: Final = 2.0
+"""How long an update may wait for its verdict before its connection does not wait any more for room
+behind it: a turn takes milliseconds, and the other channels of the connection must go on."""
+
+RETRY_MS: Final = 3000
+"""When what found no room may come again: one refusal too many is forgiven in so long."""
+
+PUT_OFF_MAX: Final = 1024
+"""Updates of a channel that found no room and wait for their turn to be told so; their bytes are
+dropped. Whoever sends on and on without an answer is closed out."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Handed:
+    """An update without a verdict."""
+
+    submit: Submit
+    came_s: float
+    is_put_off: bool = False  # the room never saw it
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +102,8 @@ class ChannelPeer(Peer):
         # that it knew, and a state vector, for when the log does not reach back so far.
         self._lsn = 0
         self._has = EMPTY_STATE_VECTOR
+        self._handed: deque[_Handed] = deque()  # in the order of their verdicts
+        self._put_offs = 0  # of these
         self._pulled: bytes | None = None
         self._is_speaking = False
 
@@ -98,17 +123,33 @@ class ChannelPeer(Peer):
         self.author = replace(standing.author_in(self.conversation), epoch=self.author.epoch)
 
     async def submit(self, submit: Submit) -> None:
-        """Hand over an update; waits while too many have no verdict."""
-        if self._room is not None:
-            await self._room.submit(
-                Submission(
-                    self,
-                    submit.update,
-                    is_document=submit.is_document,
-                    restore=submit.is_restore,
-                    tag=submit,
-                )
-            )
+        """Hand over an update; waits a moment while too many have no verdict."""
+        if self._room is None:
+            return
+        submission = Submission(
+            self,
+            submit.update,
+            is_document=submit.is_document,
+            restore=submit.is_restore,
+            tag=submit,
+        )
+        now_s = self._connection.now_s
+        came_s = self._handed[0].came_s if self._handed else now_s
+        try:
+            async with asyncio.timeout(max(0.0, came_s + PATIENCE_S - now_s)):
+                await self._room.submit(submission)
+        except TimeoutError:
+            self._put_off(submit, now_s)
+        else:
+            self._handed.append(_Handed(submit, now_s))
+
+    def _put_off(self, submit: Submit, now_s: float) -> None:
+        handed = _Handed(replace(submit, update=b""), now_s, is_put_off=True)
+        self._handed.append(handed)
+        self._put_offs += 1
+        if self._put_offs > PUT_OFF_MAX:
+            self.leave()
+            self._connection.end(self, Unavailable("too much waits for a verdict"))
 
     def pull(self, state_vector: bytes) -> None:
         """Owe everything that is not in a state vector."""
@@ -169,7 +210,11 @@ class ChannelPeer(Peer):
         """See :class:`~crdt_llm.sync.room.Peer`."""
         asked = isinstance(verdict, Lacking)  # of all verdicts only this one says what is here
         state_vector = room.state_vector(self.author) if asked else EMPTY_STATE_VECTOR
+        self._handed.popleft()
         self._connection.settle(submission.tag, verdict, room.lsn, state_vector)
+        while self._handed and self._handed[0].is_put_off:
+            self._put_offs -= 1
+            self._connection.put_off(self._handed.popleft().submit, RETRY_MS)
 
     def deliver(self, delivery: Delivery) -> None:
         """See :class:`~crdt_llm.sync.room.Peer`."""

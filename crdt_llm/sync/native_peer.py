@@ -159,7 +159,7 @@ class NativeConnection:
         return None if self._node is None else self._node.node
 
     async def receive(self, frame: bytes) -> None:
-        """Take one frame; waits while too much waits for the reader, or for a verdict."""
+        """Take one frame; waits while too much waits for the reader, and a moment for a room."""
         await self._room_to_answer()
         for event in self._session.receive(frame):
             if isinstance(event, Submit):
@@ -233,6 +233,15 @@ class NativeConnection:
         if self._metrics is not None:
             self._metrics.judged("native", verdict)
         self._follow_all(self._session.settle(submit, verdict, lsn=lsn, state_vector=state_vector))
+
+    def put_off(self, submit: Submit, retry_ms: int) -> None:
+        """A channel's room did not take an update in time."""
+        self._follow_all(self._session.put_off(submit, retry_ms))
+
+    @property
+    def now_s(self) -> float:
+        """Seconds, monotonic."""
+        return self._clock()
 
     def change(self, channel: ChannelPeer, change: Change) -> None:
         """Others wrote in a channel's conversation."""

@@ -21,7 +21,7 @@ it concerns one channel.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, TypeAlias, assert_never
 
 from crdt_llm.errors import Forbidden, LocalMisuse, MalformedMessage, Refused, TooLarge
@@ -267,6 +267,20 @@ class NativeSession:
             case _:
                 assert_never(verdict)
         return (Send(nack),)
+
+    def put_off(self, submit: Submit, retry_ms: int) -> tuple[Event, ...]:
+        """Hear that an update was not even looked at; in the order of the submits, like verdicts.
+
+        Args:
+            submit: Which.
+            retry_ms: When it may come again.
+        """
+        channel = self._channels.get(submit.channel)
+        if channel is None or channel.stage is not Stage.OPEN:
+            raise LocalMisuse("a verdict for a channel that is not open")
+        reason = "too much waits for a verdict: send it again later"
+        nack = _nack(submit, Code.RATE_LIMITED, "", reason)
+        return (Send(replace(nack, retry_ms=retry_ms)),)
 
     def close(self, code: CloseCode, reason: str) -> tuple[Event, ...]:
         """End it from our side."""

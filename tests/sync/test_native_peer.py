@@ -11,6 +11,7 @@ from sync.rooms import Place, born, turns
 
 from crdt_llm.document.conversation import EMPTY_UPDATE
 from crdt_llm.document.schema import Birth, Grant, conversation_id
+from crdt_llm.sync import channel_peer as channel_peer_module
 from crdt_llm.sync import outbox as outbox_module
 from crdt_llm.sync import room as room_module
 from crdt_llm.sync.access import Pass
@@ -32,10 +33,13 @@ from crdt_llm.sync.frames import (
 )
 from crdt_llm.sync.native_session import LEFT
 from crdt_llm.sync.peer import RemotePeer
+from crdt_llm.sync.refusal_rate import REFUSALS_FREE, RefusalRate
 from crdt_llm.sync.verdict import CloseCode
 from crdt_llm.sync.wire import AwarenessState, AwarenessUpdate, decode, encode
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sync.native import NativeDevice
 
 
@@ -515,6 +519,86 @@ async def test_flooding_one_channel_waits_for_its_verdicts(monkeypatch: pytest.M
     await turns()
     native.down()
     assert native.of(Ack)[-1].id == 3
+
+
+class Held:
+    """A place whose refusals wait until the test lets them go."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[float, Callable[[], None]]] = []
+        self.now = 0.0
+        self.place = Place(refusals=RefusalRate(lambda: self.now, later=self._later))
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        self.calls.append((self.now + seconds, call))
+
+    async def release(self) -> None:
+        while self.calls:
+            due = min(self.calls, key=lambda one: one[0])
+            self.calls.remove(due)
+            self.now = due[0]
+            due[1]()
+            await turns()
+
+    async def flooded(self, count: int) -> tuple[Native, NativeDevice]:
+        """A writer that was refused too often, and has no room left."""
+        await born(self.place)
+        native = Native(self.place, clock=lambda: self.place.now)
+        await native.greet()
+        replica = device(1)
+        await native.send(open_frame())
+        await turns()
+        replica.hear(native.down())
+        for number in range(1, count + 1):
+            await native.send(update_frame(number, b"\1\2\3"))
+            if number <= REFUSALS_FREE + 1:
+                await turns()
+        native.down()
+        self.place.now += channel_peer_module.PATIENCE_S + 1
+        return native, replica
+
+
+async def test_a_channel_that_is_held_does_not_hold_up_the_others() -> None:
+    held = Held()
+    full = REFUSALS_FREE + room_module.UNSETTLED_MAX
+    native, replica = await held.flooded(full)
+    other = Birth("owner", b"another 16 bytes")
+    await native.send(update_frame(full + 1, replica.say("behind it")))
+    await native.send(open_frame(2, conversation=conversation_id(other)))
+    await turns()
+    await native.send(Pull(2, b"\0"))
+    await turns()
+    native.down()
+    assert [opened.channel for opened in native.of(Opened)] == [1, 2]
+    assert [state.channel for state in native.of(State)] == [2]
+    assert native.of(Closed) == []
+
+    await held.release()
+    native.down()
+    nacks = [nack for nack in native.of(Nack) if nack.channel == 1]
+    assert [nack.id for nack in nacks] == list(range(1, full + 2))
+    assert (nacks[-1].code, nacks[-1].retry_ms) == (Code.RATE_LIMITED, channel_peer_module.RETRY_MS)
+    assert {nack.code for nack in nacks[:-1]} == {Code.INVALID}
+    await native.send(update_frame(full + 2, replica.written[-1]))
+    await turns()
+    await held.release()
+    native.down()
+    assert native.of(Ack)[-1].id == full + 2
+
+
+async def test_whoever_sends_on_and_on_is_closed_out_of_that_channel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(channel_peer_module, "PUT_OFF_MAX", 2)
+    held = Held()
+    full = REFUSALS_FREE + room_module.UNSETTLED_MAX
+    native, _ = await held.flooded(full)
+    for number in range(full + 1, full + 4):
+        await native.send(update_frame(number, b"\1\2\3"))
+    native.down()
+    assert [(closed.channel, closed.code) for closed in native.of(Closed)] == [(1, 1013)]
+    assert native.connection.close_code is None
+    await held.release()
 
 
 def test_the_births_of_these_tests_are_the_owners() -> None:
