@@ -37,6 +37,13 @@ DEFAULT_DEVICE: Final = "terminal"
 # As in crdt_llm.inference.models, which a help text should not have to load.
 DEFAULT_MODEL: Final = "smollm2-135m"
 
+KV_MEMORY_MIB_MIN: Final = 1
+KV_MEMORY_MIB_MAX: Final = 1 << 24  # 16 TiB: whoever asks for more has mistaken the unit
+
+LEASE_TTL_S: Final = 10.0  # as in crdt_llm.sync.leases
+LEASE_TTL_S_MIN: Final = 1.0  # leases are looked after once a second
+LEASE_TTL_S_MAX: Final = 600.0  # so long people wait for a reply whose node was killed
+
 # Two builds of one model differ by some thousandths; one build by nothing.
 DEFAULT_TOLERANCE: Final = 0.01
 
@@ -168,6 +175,19 @@ _Verbose = Annotated[
 ]
 
 
+_KvMemory = Annotated[
+    int | None,
+    typer.Option(
+        min=KV_MEMORY_MIB_MIN,
+        max=KV_MEMORY_MIB_MAX,
+        metavar="MIB",
+        help="The most memory that the KV cache may take; what does not fit goes to DATA/kv."
+        " By default 2048.",
+        show_default=False,
+    ),
+]
+
+
 @app.command(cls=Command, epilog="Example: crdt-llm serve --port 9000 --data ./data")
 def serve(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
@@ -175,16 +195,10 @@ def serve(
     data: _Data = None,
     model: _Model = DEFAULT_MODEL,
     no_node: Annotated[bool, typer.Option("--no-node", help="Relay only: no replies.")] = False,
-    kv_memory: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="MIB",
-            help="The most memory that the KV cache may take; what does not fit goes to DATA/kv."
-            " By default 2048.",
-            show_default=False,
-        ),
-    ] = None,
+    kv_memory: _KvMemory = None,
+    lease_ttl: Annotated[
+        float, typer.Option(min=LEASE_TTL_S_MIN, max=LEASE_TTL_S_MAX, hidden=True)
+    ] = LEASE_TTL_S,
     verbose: _Verbose = False,
 ) -> None:
     """Run the relay, the inference node and the page.
@@ -201,6 +215,7 @@ def serve(
         model=model,
         node=not no_node,
         kv_memory_mib=kv_memory,
+        lease_ttl_s=lease_ttl,
         verbose=verbose,
     )
 
@@ -242,6 +257,7 @@ def node(
             show_default=False,
         ),
     ] = None,
+    kv_memory: _KvMemory = None,
     verbose: _Verbose = False,
 ) -> None:
     """Run an inference node for a relay that is elsewhere.
@@ -257,6 +273,7 @@ def node(
         data=data,
         model=model,
         key=key,
+        kv_memory_mib=kv_memory,
         master_key=master_key,
         verbose=verbose,
     )

@@ -90,6 +90,11 @@ class NodeFolder:
         """The master key: a copy of the relay's ``keys/master.key``."""
         return self.path / "master.key"
 
+    @property
+    def kv(self) -> Path:
+        """What the engine wrote of its KV cache."""
+        return self.path / "kv"
+
     def pin(self, address: str) -> Path:
         """The public key that the relay at an address showed first."""
         digest = hashlib.sha256(address.encode()).digest()
@@ -298,6 +303,7 @@ def run_node(  # noqa: PLR0913 - the options of a command
     model: str,
     key: Path | None,
     master_key: Path | None,
+    kv_memory_mib: int | None,
     verbose: bool,
 ) -> None:
     """The command.
@@ -322,11 +328,23 @@ def run_node(  # noqa: PLR0913 - the options of a command
             read_master_key(folder.master if master_key is None else master_key),
         )
         model_dir = resolve(model, fetch=True, report=_line)
-        asyncio.run(_run(address, token_file, folder, secrets, model_dir))
+        kv_memory_bytes = None if kv_memory_mib is None else kv_memory_mib << 20
+
+        async def start_engine() -> Engine:
+            return await EngineProcess.start(
+                model_dir, kv_memory_bytes=kv_memory_bytes, kv_folder=folder.kv
+            )
+
+        asyncio.run(_run(address, token_file, folder, secrets, model_dir, start_engine))
 
 
-async def _run(
-    address: Address, token_file: Path, folder: NodeFolder, secrets: Secrets, model_dir: Path
+async def _run(  # noqa: PLR0913, PLR0917 - what a node is made of
+    address: Address,
+    token_file: Path,
+    folder: NodeFolder,
+    secrets: Secrets,
+    model_dir: Path,
+    start_engine: Callable[[], Awaitable[Engine]],
 ) -> None:
     stopping = asyncio.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -342,16 +360,13 @@ async def _run(
         random=SystemRandom(),
     )
 
-    async def start_engine() -> Engine:
-        return await EngineProcess.start(model_dir, kv_folder=folder.path / "kv")
-
     def ready() -> None:
         shown = urlsafe_b64encode(secrets.key.public).rstrip(b"=").decode()
         sys.stdout.write(f"ready {shown}\n")
         sys.stdout.flush()
 
     node = make_node(link, secrets, model_dir, start_engine)
-    node.digests = Digests(folder.path / "kv" / DIGESTS)
+    node.digests = Digests(folder.kv / DIGESTS)
     await serve_node(link, looks, node, stopping=stopping, ready=ready)
 
 

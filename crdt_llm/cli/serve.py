@@ -28,7 +28,7 @@ from crdt_llm.store.token_ledger import TokenLedger
 from crdt_llm.sync.access import Authority, load_or_create_token
 from crdt_llm.sync.conversation_list import ConversationLists
 from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.leases import LeaseOffice
+from crdt_llm.sync.leases import TTL_S, LeaseOffice
 from crdt_llm.sync.metrics import Metrics
 from crdt_llm.sync.native_peer import RelayIdentity
 from crdt_llm.sync.relay import Relay
@@ -135,13 +135,14 @@ async def _start_node(node: Node, hub: Hub, model_dir: Path) -> None:
         await node.visit(stored.conversation)
 
 
-async def serve(
+async def serve(  # noqa: PLR0913 - what an operator may choose
     folder: DataFolder,
     *,
     host: str,
     port: int,
     model_dir: Path | None,
     kv_memory_bytes: int | None = None,
+    lease_ttl_s: float = TTL_S,
 ) -> None:
     """Serve until a signal asks for the end.
 
@@ -151,6 +152,7 @@ async def serve(
         port: the port; 0 takes a free one.
         model_dir: the model's folder, or ``None`` for a relay without a node.
         kv_memory_bytes: the most memory that KV may take; the engine's default if None.
+        lease_ttl_s: how long a node's lease goes on that it does not renew.
 
     Raises:
         OSError: the address is taken.
@@ -175,7 +177,9 @@ async def serve(
         relay_key = SigningKey(load_or_create_secret(folder.key("relay")))
         metrics = Metrics(rooms=lambda: hub.open_rooms)
         hub = Hub(log, register=register, relay_key=relay_key.public, metrics=metrics)
-        office = LeaseOffice(hub.grant_epoch, relay_key.sign, clock=time.monotonic)
+        office = LeaseOffice(
+            hub.grant_epoch, relay_key.sign, clock=time.monotonic, ttl_s=lease_ttl_s
+        )
         stack.push_async_callback(office.close)
         archive = Archive.open(folder.archive)
         stack.callback(archive.close)
@@ -239,6 +243,7 @@ def run_serve(  # noqa: PLR0913 - the options of a command
     model: str,
     node: bool,
     kv_memory_mib: int | None,
+    lease_ttl_s: float,
     verbose: bool,
 ) -> None:
     """The command; see :func:`serve`.
@@ -259,7 +264,12 @@ def run_serve(  # noqa: PLR0913 - the options of a command
         kv_memory_bytes = None if kv_memory_mib is None else kv_memory_mib << 20
         asyncio.run(
             serve(
-                folder, host=host, port=port, model_dir=model_dir, kv_memory_bytes=kv_memory_bytes
+                folder,
+                host=host,
+                port=port,
+                model_dir=model_dir,
+                kv_memory_bytes=kv_memory_bytes,
+                lease_ttl_s=lease_ttl_s,
             )
         )
     finally:

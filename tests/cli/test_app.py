@@ -47,6 +47,27 @@ def test_every_command_has_help_with_an_example(
     assert shown.err == ""
 
 
+@pytest.mark.parametrize("command", ["serve", "node"])
+def test_the_memory_of_the_kv_cache_is_a_number_that_can_be_meant(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--kv-memory MIB" in shown
+    assert "--lease-ttl" not in shown  # for tests
+    for value in ("0", "-1", "2GB", str(1 << 40)):
+        assert run([command, "--kv-memory", value]) == commands.USAGE
+        assert "--kv-memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "nan", "inf", "3600"])
+def test_a_lease_that_never_ends_or_begins_is_refused(
+    value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["serve", "--no-node", "--lease-ttl", value, "--port", "99999"]) == commands.USAGE
+    assert "--lease-ttl" in capsys.readouterr().err
+
+
 def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     shown = capsys.readouterr().out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -74,11 +74,14 @@ class StrictSeat(LocalSeat):
         self.room.left.set()
 
 
-async def running(room: LocalRoom, model_dir: Path, engine: EngineProcess) -> Node:
+async def running(
+    room: LocalRoom, model_dir: Path, engine: EngineProcess, *, gives_back: bool = False
+) -> Node:
     async def lend() -> EngineProcess:
         return engine
 
     node = make_node(room, model_dir, lend)
+    node.surroundings = replace(node.surroundings, gives_back=gives_back)
     await node.start()
     node.notice(room.id)
     return node
@@ -122,6 +125,21 @@ async def _answered(room: LocalRoom, model_dir: Path, engine: EngineProcess) -> 
     await room.ended(slot)
     await end(node)
     return slot
+
+
+async def test_a_seat_where_nothing_is_to_do_is_given_back(
+    tiny_model_dir: Path, engine: EngineProcess
+) -> None:
+    """A node that is told of every change has no seat for nothing, and is soon there again."""
+    room = StrictRoom(4)
+    node = await running(room, tiny_model_dir, engine, gives_back=True)
+    await room.empty(1)
+    slot = room.ask("hello", **SHORT)
+    assert room.replica.state(slot) is None
+    node.notice(room.id)
+    assert (await room.ended(slot)).state is State.DONE
+    assert (len(room.seats), room.seats_taken) == (1, 2)  # with the lease it stays
+    await end(node)
 
 
 async def test_a_reply_that_runs_is_not_interrupted_for_another_try() -> None:

@@ -30,14 +30,23 @@ class ServedProcess:
         folder: where its data folder and its log of messages lie.
         model_dir: the model.
         node: whether it has a node of its own.
+        lease_ttl_s: how long a lease goes on that is not renewed; as usual by default.
     """
 
-    def __init__(self, folder: Path, model_dir: Path, *, node: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model_dir: Path,
+        *,
+        node: bool = True,
+        lease_ttl_s: float | None = None,
+    ) -> None:
         self.folder = DataFolder(folder / "data")
         self.url = ""
         self._messages = folder / "serve.log"
         self._model_dir = model_dir
         self._node = node
+        self._lease_ttl_s = lease_ttl_s
         self._port = 0
         self._process: asyncio.subprocess.Process | None = None
 
@@ -55,6 +64,8 @@ class ServedProcess:
     async def start(self) -> None:
         words = ["serve", "--data", str(self.folder.path), "--port", str(self._port)]
         words += ["--model", str(self._model_dir)] if self._node else ["--no-node"]
+        if self._lease_ttl_s is not None:
+            words += ["--lease-ttl", str(self._lease_ttl_s)]
         with self._messages.open("ab") as messages:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,

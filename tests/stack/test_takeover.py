@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from crdt_llm.sync.client import OpenConversation, Sampling
 
 TOKENS: Final = 900  # about a second of the tiny model
+LEASE_TTL_S: Final = 2.0  # twice the test waits until one has run out
 
 
 async def until_written(conversation: OpenConversation, slot: str, characters: int) -> None:
@@ -42,7 +43,9 @@ async def test_a_killed_node_s_reply_is_ended_by_another_as_if_nothing_had_happe
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     async with AsyncExitStack() as stack:
-        server = ServedProcess(tmp_path / "relay", tiny_model_dir, node=False)
+        server = ServedProcess(
+            tmp_path / "relay", tiny_model_dir, node=False, lease_ttl_s=LEASE_TTL_S
+        )
         (tmp_path / "relay").mkdir()
         await stack.enter_async_context(server)
         token = await node_token(server, tmp_path / "node.token")
