@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from crdt_llm.document.schema import State
 from crdt_llm.errors import EngineDied, LocalMisuse, PromptTooLong
-from crdt_llm.inference.engine import Finished, Prefilled, Sampled
+from crdt_llm.inference.engine import Finished, Prefilled, Queued, Sampled
 from crdt_llm.inference.reply import describe, sampling
 
 if TYPE_CHECKING:
@@ -48,17 +48,24 @@ class Generation:
         segments: the entries that it is answered from, each with its ids.
         identity: what it is sealed and signed with.
         clock_ms: wall time.
+        placed: called when its place in the engine's queue is another one.
+
+    Attributes:
+        place: how many replies the engine takes up before this one; ``None`` while it is at work.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what a reply is made of
         self,
         work: Workplace,
         reply: Reply,
         segments: tuple[tuple[str, tuple[int, ...]], ...],
         identity: Identity,
         clock_ms: Callable[[], int],
+        placed: Callable[[], None] = lambda: None,
     ) -> None:
         self.reply = reply
+        self.place: int | None = None
+        self._placed = placed
         self.task: asyncio.Task[None] | None = None
         self._work = work
         self._segments = segments
@@ -96,6 +103,7 @@ class Generation:
 
     async def _follow(self, events: AsyncGenerator[GenerationEvent, None]) -> Outcome:
         async for event in events:
+            self._note_place(event)
             match event:
                 case Prefilled(prompt, reused, _):
                     self._charge(prompt, reused)
@@ -109,6 +117,12 @@ class Generation:
             if self._durable is not None and self._durable.done():
                 self._durable.result()  # a lost seat ends the reply here
         raise EngineDied("the engine ended a reply without a reason")
+
+    def _note_place(self, event: GenerationEvent) -> None:
+        place = event.place if isinstance(event, Queued) else None
+        if place != self.place:
+            self.place = place
+            self._placed()
 
     def _charge(self, prompt: int, reused: int) -> None:
         # Every reply behind one parent has the same opening.

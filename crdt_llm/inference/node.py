@@ -61,6 +61,7 @@ class Node:
         self.problem: str | None = "the engine is starting"
         self.turns = Turns()
         self._running = 0
+        self._line: dict[str, None] = {}  # where a reply waits for room, who came first first
         self._desks: dict[str, tuple[Desk, asyncio.Task[None]]] = {}
         self._fed: dict[str, Fed] = {}
         self.drafted = Tally()
@@ -150,9 +151,24 @@ class Node:
         if waited and self.capacity:
             self._wake_all()
 
+    def stand_in_line(self, conversation: str, *, waits: bool) -> int:
+        """Where a conversation stands among those where a reply waits for room; 1 is next.
+
+        Args:
+            conversation: its id.
+            waits: whether a reply waits there now; if not, it leaves the line, and 0 is returned.
+        """
+        if not waits:
+            self._line.pop(conversation, None)
+            return 0
+        self._line.setdefault(conversation)
+        return list(self._line).index(conversation) + 1
+
     def _wake_all(self) -> None:
-        for desk, _ in self._desks.values():
-            desk.wake()
+        """Have everybody look, those first who wait in the line."""
+        for conversation in (*self._line, *self._desks):
+            if conversation in self._desks:
+                self._desks[conversation][0].wake()
 
     @property
     def is_at_work(self) -> bool:

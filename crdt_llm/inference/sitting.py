@@ -104,6 +104,15 @@ class Shared(Reader, Protocol):
         """So many more (or fewer) replies run."""
         ...
 
+    def stand_in_line(self, conversation: str, *, waits: bool) -> int:
+        """Where a conversation stands among those where a reply waits for room; 1 is next.
+
+        Args:
+            conversation: its id.
+            waits: whether a reply waits there now; if not, it leaves the line, and 0 is returned.
+        """
+        ...
+
     def fed(self, conversation: str) -> Fed:
         """What engines were given of a conversation; outlives a sitting."""
         ...
@@ -169,6 +178,7 @@ class Sitting:
     async def act(self) -> bool:
         """Do the one next thing. Says whether there was one."""
         acted = await self._act()
+        self._stand_in_line()
         self._presence.changed()
         return acted
 
@@ -198,6 +208,7 @@ class Sitting:
         for task in tasks:
             task.cancel()
         self._presence.close()
+        self._shared.stand_in_line(self._id, waits=False)
         tidying = (self._ahead.stop(), self._overflow.stop())
         await asyncio.gather(*tasks, *tidying, return_exceptions=True)
         self._shared.occupy(-len(self._running))
@@ -207,17 +218,25 @@ class Sitting:
         """What to show of this node; nothing while another one may be the conversation's."""
         if not self.work.leased:
             return None
-        replies = [generation.reply for generation in self._running.values()]
-        waits = any(self.work.conversation.tree.facts(one).slot for one in self._pending)
-        queued = waits and not self._shared.capacity
-        if any(reply.first_at_ms is not None for reply in replies):
+        generations = self._running.values()
+        replies = [generation.reply for generation in generations]
+        places = [one.place for one in self._running.values() if one.place is not None]
+        unasked = self._stand_in_line()
+        queue = min(places) + 1 if places else unasked
+        if any(one.place is None and one.reply.first_at_ms is not None for one in generations):
             doing = Doing.GENERATING
-        elif replies or self._ahead.busy or self._overflow.preparing:
+        elif len(places) < len(generations) or self._ahead.busy or self._overflow.preparing:
             doing = Doing.PREFILLING
         else:
-            doing = Doing.QUEUED if queued else Doing.IDLE
+            doing = Doing.QUEUED if queue else Doing.IDLE
         warm, tokens = self.work.measure({reply.slot: len(reply.own_ids) for reply in replies})
-        return NodeState(self._shared.identity.model, doing, warm, tokens, int(queued))
+        return NodeState(self._shared.identity.model, doing, warm, tokens, queue)
+
+    def _stand_in_line(self) -> int:
+        """Where this conversation stands in the node's line for room; 0 if it needs none."""
+        waits = any(self.work.conversation.tree.facts(one).slot for one in self._pending)
+        waits = waits and self.work.leased and not self._shared.capacity
+        return self._shared.stand_in_line(self._id, waits=waits)
 
     @property
     def _pending(self) -> tuple[str, ...]:
@@ -456,7 +475,8 @@ class Sitting:
     def _generation(self, reply: Reply, reading: tuple[str, ...]) -> Generation:
         shared = self._shared
         segments = self.work.transcript.segments(reading)
-        return Generation(self.work, reply, segments, shared.identity, shared.surroundings.clock_ms)
+        clock_ms, placed = shared.surroundings.clock_ms, self._presence.changed
+        return Generation(self.work, reply, segments, shared.identity, clock_ms, placed)
 
     def _positions(self) -> int:
         engine = self._shared.engine

@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from local_room import LocalRoom, LocalSeat, make_node
 
+from crdt_llm.inference import node as nodes
 from crdt_llm.inference import presence
+from crdt_llm.inference.engine import Capabilities, Finished, Prefilled, Queued, Sampled
 from crdt_llm.inference.presence import RENEW_S, SHOW_INTERVAL_S, Doing, NodeState, Presence
 from crdt_llm.inference.process import EngineProcess
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
     from pathlib import Path
 
     import pytest
+
+    from crdt_llm.inference.engine import GenerationEvent, SamplingParams
 
 
 @dataclass
@@ -138,5 +143,93 @@ async def test_people_see_what_the_node_is_doing_and_how_much_it_has_read(
             "queue": 0,
         }
         assert all(state["warm"] <= state["tokens"] for state in seat.shown)
+    finally:
+        await node.close()
+
+
+class CrowdedEngine:
+    """Goes on with an event of a reply when it is told to."""
+
+    capabilities = Capabilities("crowded", 1, 1000, 1 << 20, "none")
+
+    def __init__(self, *events: GenerationEvent) -> None:
+        self.steps: asyncio.Queue[None] = asyncio.Queue()
+        self._events = events
+
+    async def warm(self, ids: Sequence[int]) -> Prefilled:
+        return Prefilled(len(ids), 0, len(ids))
+
+    async def generate(
+        self, ids: Sequence[int], params: SamplingParams, start: int
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        del ids, params, start
+        for event in self._events:
+            await self.steps.get()
+            yield event
+
+    async def forget(self, ids: Sequence[int], keep: int = 0) -> None:
+        """It remembers nothing."""
+
+    async def close(self) -> None:
+        """It holds nothing."""
+
+
+def seen(room: LocalRoom) -> tuple[str, int] | None:
+    """What the node shows last: what it is doing, and its place in the queue."""
+    shown = [state for seat in room.seats if isinstance(seat, SeenSeat) for state in seat.shown]
+    return (shown[-1]["doing"], shown[-1]["queue"]) if shown else None
+
+
+async def test_a_reply_that_waits_for_the_engine_shows_its_place(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence, "SHOW_INTERVAL_S", 0.0)
+    told = (Queued(2), Queued(0), Prefilled(1, 0, 1), Sampled(5, -0.5), Queued(1), Sampled(6, -0.5))
+    engine, room = CrowdedEngine(*told, Finished("length")), SeenRoom(1)
+
+    async def start() -> CrowdedEngine:
+        return engine
+
+    node = make_node(room, tiny_model_dir, start)
+    await node.start()
+    node.notice(room.id)
+    try:
+        slot = room.ask("hello", max_tokens=2)
+        for expected in (
+            ("queued", 3),
+            ("queued", 1),
+            ("prefilling", 0),
+            ("generating", 0),
+            ("queued", 2),
+            ("generating", 0),
+        ):
+            engine.steps.put_nowait(None)
+            await room.until(lambda: seen(room) == expected)  # noqa: B023
+        engine.steps.put_nowait(None)
+        await room.ended(slot)
+    finally:
+        await node.close()
+
+
+async def test_a_reply_that_the_node_has_no_room_for_shows_its_place(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence, "SHOW_INTERVAL_S", 0.0)
+    monkeypatch.setattr(nodes, "REPLIES_MAX", 0)
+    engine, room = CrowdedEngine(Prefilled(1, 0, 1), Finished("length")), SeenRoom(1)
+
+    async def start() -> CrowdedEngine:
+        return engine
+
+    node = make_node(room, tiny_model_dir, start)
+    await node.start()
+    assert node.stand_in_line("another conversation", waits=True) == 1
+    node.notice(room.id)
+    try:
+        room.ask("hello")
+        await room.until(lambda: seen(room) == ("queued", 2))
+        assert node.stand_in_line("another conversation", waits=False) == 0
+        node.notice(room.id)
+        await room.until(lambda: seen(room) == ("queued", 1))
     finally:
         await node.close()
