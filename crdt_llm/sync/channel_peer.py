@@ -129,8 +129,9 @@ class ChannelPeer(Peer):
         submission = Submission(
             self,
             submit.update,
-            is_document=submit.is_document,
-            restore=submit.is_restore,
+            is_large=submit.is_document or submit.is_restore,
+            # What mends a gap after a loss is what was lost.
+            may_restore=submit.is_document or submit.is_restore,
             tag=submit,
         )
         now_s = self._connection.now_s

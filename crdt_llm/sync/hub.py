@@ -133,7 +133,7 @@ class Membership(Peer):
         self._waiting[waiting] = None
         waiting.add_done_callback(lambda done: self._waiting.pop(done, None))
         submission = Submission(
-            self, update, is_document=True, tag=waiting, restore=restore, doubts=doubts
+            self, update, is_large=True, may_restore=restore, tag=waiting, doubts=doubts
         )
         await self._room.submit(submission)
         verdict = await asyncio.shield(waiting)
@@ -335,7 +335,7 @@ class Hub:
         membership.is_operator = True
         await self.enter(conversation, membership)
         try:
-            await membership.submit(update, doubts=doubts)
+            await membership.submit(update, restore=True, doubts=doubts)
         finally:
             membership.leave()
         return tuple(dict.fromkeys(doubts))

@@ -92,7 +92,11 @@ class RemotePeer(Peer):
         """Take one frame; waits while the room has too many of this peer's updates."""
         for event in self._session.receive(frame):
             if isinstance(event, Submit) and self._room is not None:
-                submission = Submission(self, event.update, event.answers, tag=event)
+                # A stock client has no other way to bring back what was lost.
+                answers = event.answers
+                submission = Submission(
+                    self, event.update, is_large=answers, may_restore=answers, tag=event
+                )
                 await self._room.submit(submission)
             else:
                 self._follow(event)

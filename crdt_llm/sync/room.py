@@ -150,19 +150,19 @@ class Submission:
     Attributes:
         peer: Whose it is.
         update: A Yjs v1 update, unchecked.
-        is_document: It may be as large as a document, not just as a transaction. After a loss of
-            the log it is taken as a restore: a stock client has no other way to bring one.
+        is_large: It may be as large as a document, not just as a transaction.
+        may_restore: After a loss of the log it is taken as a restore: its peer was asked for all
+            that it has, or offers what was acknowledged. Before one it is an update like any.
         tag: Whatever the peer wants to see again with the verdict.
-        restore: It is what its peer had acknowledged, for a relay that has lost it.
         doubts: Believe a conversation that the register does not know, and say in this list what
             in it could not be verified. For an operator's import, never for a client.
     """
 
     peer: Peer
     update: bytes
-    is_document: bool = False
+    is_large: bool = False
+    may_restore: bool = False
     tag: Any = None
-    restore: bool = False
     doubts: list[str] | None = None
 
 
@@ -754,8 +754,7 @@ class Room:
     def _is_restore(self, submission: Submission, author: Author) -> bool:
         if submission.doubts is not None and self._row is None:
             return True
-        brings_all = submission.restore or submission.is_document
-        return self._restoring.is_going_on and brings_all and not author.node
+        return self._restoring.is_going_on and submission.may_restore and not author.node
 
     async def _look(self, submission: Submission, author: Author, *, is_restore: bool) -> _Look:
         """The checks that need nothing applied. What is known does not change meanwhile.
@@ -764,8 +763,7 @@ class Room:
             MalformedMessage: No update.
             Refused: It must not be applied.
         """
-        is_large = submission.is_document or submission.restore or is_restore
-        limits = DOCUMENT_LIMITS if is_large else TRANSACTION_LIMITS
+        limits = DOCUMENT_LIMITS if submission.is_large else TRANSACTION_LIMITS
         update, known = submission.update, self._known
         look_at = functools.partial(_look_at, update, limits, known, node=author.node or is_restore)
         look = await offload(len(update), look_at)

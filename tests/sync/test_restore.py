@@ -178,6 +178,25 @@ async def test_a_restore_goes_on_after_the_relay_was_started_again() -> None:
     assert world.replica().view() == Conversation(1, update=document).view()
 
 
+async def test_only_what_is_offered_as_a_restore_is_taken_as_one() -> None:
+    world = await a_world()
+    document = world.document()
+    world.lose_log()
+    member = await world.place.join()
+    with pytest.raises(Refused) as refused:
+        await member.membership.submit(document)  # as large as it may be, but an update
+    assert refused.value.code == "node-field"
+    await member.membership.submit(document, restore=True)
+
+
+async def test_an_operator_brings_back_what_the_register_knows_as_anybody_does() -> None:
+    world = await a_world()
+    before = world.replica()
+    world.lose_log()
+    assert await world.place.hub.import_trusted(CONVERSATION, before.diff()) == ()
+    assert world.replica().view() == before.view()
+
+
 # -- what does not get past ---------------------------------------------------------------------
 
 
