@@ -108,8 +108,8 @@ class Limits:
         connections: Open websockets. Each takes some 100 KB with its queues.
         sockets: Sockets of any kind, so that half-open handshakes cannot eat all file handles.
         frame_bytes: One message; the largest holds a whole document and a state vector.
-        unknown: Connections of which it is not known yet who they are: each may hold what a first
-            frame takes, and a socket, for ``hello_s``.
+        unknown: Connections, of either dialect, that have not shown a token that counts: each may
+            hold what a first frame takes, and a socket, for ``hello_s``.
         unknown_of_address: As many of one address: a household, or an office behind one router.
         hello_s: How long the first frame of the native dialect may take.
         queue_frames: Frames of one connection that were read from the socket and wait.
@@ -119,6 +119,7 @@ class Limits:
             minute after which home routers forget a connection.
         ping_timeout_s: How long it may take to say so.
         close_s: How long a peer may take to agree to the end.
+        refused_close_s: How long one that was never let in may: it is counted until then.
     """
 
     connections: int = 2000
@@ -133,6 +134,7 @@ class Limits:
     ping_interval_s: float = 20.0
     ping_timeout_s: float = 20.0
     close_s: float = 5.0
+    refused_close_s: float = 1.0
 
 
 class Relay:
@@ -300,7 +302,7 @@ class Relay:
             return _response(HTTPStatus.FORBIDDEN, "pages of that origin may not connect here")
         if self._connections >= self._limits.connections:
             return _response(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
-        if path == "/" and self._is_crowded(_address_of(socket)):
+        if self._is_crowded(_address_of(socket)):
             return _response(
                 HTTPStatus.SERVICE_UNAVAILABLE, "too many who did not say who they are"
             )
@@ -381,29 +383,31 @@ class Relay:
 
     async def _serve(self, socket: ServerConnection) -> None:
         self._connections += 1
+        unknown = _Unknown(self._unknown, _address_of(socket))
         try:
-            await self._carry(socket)
+            await self._carry(socket, unknown)
         except ConnectionClosed:
             pass
         except Exception as failure:  # noqa: BLE001 - one connection's fault must not be another's
             logger.error("a connection: %s", one_line(failure))  # noqa: TRY400 - one line an error
             await socket.close(CloseCode.INTERNAL_ERROR, "something went wrong here")
         finally:
+            unknown.end()
             self._connections -= 1
 
-    async def _carry(self, socket: ServerConnection) -> None:
+    async def _carry(self, socket: ServerConnection, unknown: _Unknown) -> None:
         request = socket.request
         if request is None:
             raise RuntimeError("a websocket without a request")
         path, _, query = request.path.partition("?")
         token = _token_of(request, query)
         if socket.subprotocol == SUBPROTOCOL and self._identity is not None:
-            await self._carry_native(socket, self._identity, token)
+            await self._carry_native(socket, self._identity, token, unknown)
         else:
-            await self._carry_plain(socket, unquote(path[1:]), token)
+            await self._carry_plain(socket, unquote(path[1:]), token, unknown)
 
     async def _carry_plain(
-        self, socket: ServerConnection, conversation: str, token: str | None
+        self, socket: ServerConnection, conversation: str, token: str | None, unknown: _Unknown
     ) -> None:
         wire = _Wire(socket, self._limits.write_buffer_bytes, self._metrics)
         try:
@@ -413,8 +417,10 @@ class Relay:
         except CrdtLlmError as error:
             peer = RemotePeer("", wire.wake, metrics=self._metrics)
             peer.refuse(error)
+            socket.close_timeout = self._limits.refused_close_s
             await self._run(socket, wire, peer)
             return
+        unknown.end()
         cap = found.cap(conversation)
         peer = RemotePeer(found.principal, wire.wake, cap=cap, metrics=self._metrics)
         peer.address = _address_of(socket) or None
@@ -426,28 +432,24 @@ class Relay:
             del self._known[peer]
 
     async def _carry_native(
-        self, socket: ServerConnection, identity: RelayIdentity, token: str | None
+        self,
+        socket: ServerConnection,
+        identity: RelayIdentity,
+        token: str | None,
+        unknown: _Unknown,
     ) -> None:
-        address = _address_of(socket)
-        is_unknown = True
-        self._unknown[address] += 1
-
-        def make_known() -> None:
-            nonlocal is_unknown
-            if is_unknown:
-                is_unknown = False
-                self._unknown -= Counter((address,))  # which leaves no zeros
-
         def admit(shown: str | None) -> Pass:
             found = self._known[connection] = self._admit(shown)
             socket.protocol.max_message_size = self._limits.frame_bytes
-            make_known()
+            socket.close_timeout = self._limits.close_s
+            unknown.end()
             return found
 
         def be_late() -> None:
-            if is_unknown:
+            if unknown.counts:
                 connection.refuse(Unavailable("say who you are sooner"))
 
+        socket.close_timeout = self._limits.refused_close_s
         wire = _Wire(socket, self._limits.write_buffer_bytes, self._metrics)
         connection = NativeConnection(
             self._hub,
@@ -455,7 +457,7 @@ class Relay:
             admit=admit,
             admit_node=self._admit_node,
             came_with=token,
-            address=address or None,
+            address=_address_of(socket) or None,
             wake=wire.wake,
             leases=self._leases,
             lists=self._lists,
@@ -468,7 +470,6 @@ class Relay:
             await self._run(socket, wire, connection)
         finally:
             late.cancel()
-            make_known()
             self._known.pop(connection, None)
             self._native.discard(connection)
 
@@ -524,6 +525,22 @@ class Relay:
             await self._hub.enter(conversation, peer)
         except CrdtLlmError as error:
             peer.refuse(error)
+
+
+class _Unknown:
+    """One connection's place among those that have not shown a token that counts."""
+
+    def __init__(self, places: Counter[str], address: str) -> None:
+        self.counts = True
+        self._places = places
+        self._address = address
+        places[address] += 1
+
+    def end(self) -> None:
+        """It is known now, or gone. Safe to call twice."""
+        if self.counts:
+            self.counts = False
+            self._places -= Counter((self._address,))  # which leaves no zeros
 
 
 def _counted(limit: int) -> type[ServerConnection]:

@@ -341,6 +341,30 @@ async def test_connections_are_bounded() -> None:
             assert isinstance(await read(socket), SyncStep1)
 
 
+async def test_who_proves_nothing_takes_few_places_and_not_for_long() -> None:
+    limits = Limits(unknown_of_address=1, refused_close_s=0.05)
+    async with serving(limits=limits) as served:
+        host, port = served.relay.address
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(  # it will not agree to the end
+            f"GET /{CONVERSATION}?token=wrong HTTP/1.1\r\nHost: {host}:{port}\r\n"
+            "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n".encode()
+        )
+        assert b" 101 " in await reader.readline()
+        with pytest.raises(InvalidStatus) as refused:
+            await served.open()
+        assert refused.value.response.status_code == 503
+        await reader.read()  # to the end: the relay does not wait for long
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not served.relay._unknown
+        async with served.open() as one, served.open() as two:  # the known do not count
+            assert isinstance(await read(one), SyncStep1)
+            assert isinstance(await read(two), SyncStep1)
+        writer.close()
+
+
 async def test_sockets_are_bounded_from_their_first_byte() -> None:
     async with serving(limits=Limits(sockets=2)) as served:
         host, port = served.relay.address
