@@ -16,6 +16,7 @@ from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.document.seal import Sealer
 from crdt_llm.errors import ConnectionLost, LeaseLost, Refused
 from crdt_llm.inference.digests import Digests
+from crdt_llm.inference.figures import keep_measuring
 from crdt_llm.inference.node import Node
 from crdt_llm.inference.process import EngineProcess
 from crdt_llm.inference.prompt import Renderer
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from crdt_llm.inference.seat import TakeHint
     from crdt_llm.sync.hub import Hub, Membership
     from crdt_llm.sync.leases import Granted, LeaseOffice
+    from crdt_llm.sync.metrics import Metrics
 
 NODE: Final = "node"
 DIGESTS: Final = "digests"  # beside the KV cache, whose digests they are
@@ -209,3 +211,10 @@ def make_node(
     node.digests = Digests(folder.kv / DIGESTS)
     seats.hint = node.hint
     return node
+
+
+async def show_figures(node: Node, metrics: Metrics) -> None:
+    """Show a node's figures among a relay's, and keep them current until cancelled."""
+    for figure in node.figures.all:
+        metrics.show(figure.name, figure.help, figure.read, grows=figure.grows)
+    await keep_measuring(node)

@@ -33,6 +33,7 @@ from crdt_llm.document.keys import SigningKey, load_or_create_secret, read_or_ma
 from crdt_llm.document.seal import Sealer
 from crdt_llm.errors import Corrupt, DataFolderBusy, Refused
 from crdt_llm.inference.digests import Digests
+from crdt_llm.inference.figures import keep_measuring
 from crdt_llm.inference.models import resolve
 from crdt_llm.inference.node import Node
 from crdt_llm.inference.process import EngineProcess
@@ -273,6 +274,9 @@ async def serve_node(
         ]
         online = loop.create_task(link.connected(), name="until connected")
         tasks.append(online)
+        if logger.isEnabledFor(logging.DEBUG):
+            counting = keep_measuring(node, _Teller(node).tell)
+            tasks.append(loop.create_task(counting, name="figures of the node"))
         await asyncio.wait((tasks[0], online, until), return_when=asyncio.FIRST_COMPLETED)
         if online.done():
             ready()
@@ -285,6 +289,20 @@ async def serve_node(
         for task in (*tasks, until):
             task.cancel()
         await asyncio.gather(*tasks, until, return_exceptions=True)
+
+
+class _Teller:
+    """Logs a node's figures when they are others than before."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._told = ""
+
+    def tell(self) -> None:
+        figures = str(self._node.figures)
+        if figures != self._told:
+            self._told = figures
+            logger.debug("%s", figures)
 
 
 async def _first(task: asyncio.Task[None], until: asyncio.Task[bool]) -> bool:

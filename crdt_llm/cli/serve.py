@@ -187,7 +187,10 @@ async def serve(  # noqa: PLR0913 - what an operator may choose
         node = None
         if model_dir is not None:
             with _naming(model_dir):
-                from crdt_llm.cli.embedded_node import make_node  # noqa: PLC0415 - see the docstring
+                from crdt_llm.cli.embedded_node import (  # noqa: PLC0415 - see the docstring
+                    make_node,
+                    show_figures,
+                )
 
                 node = make_node(folder, hub, model_dir, office, kv_memory_bytes=kv_memory_bytes)
         relay = Relay(
@@ -213,6 +216,7 @@ async def serve(  # noqa: PLR0913 - what an operator may choose
             stack.push_async_callback(node.close)
             starting = _start_node(node, hub, model_dir)
             waiting.add(loop.create_task(starting, name="node start"))
+            waiting.add(loop.create_task(show_figures(node, metrics), name="figures of the node"))
         url = _loopback_url(*relay.address)
         secret = f"?token={token}" if sys.stdout.isatty() else ""
         sys.stdout.write(f"ready {url}{secret}\n")

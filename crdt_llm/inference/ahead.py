@@ -181,6 +181,7 @@ class Ahead:
             return
         self._fed.note(segments)
         done = await engine.warm(ids)
+        self._work.computed.note(done)
         spans = tuple((name, len(part)) for name, part in segments)
         self._work.account.computed(spans, reused=done.reused, prompt=done.prompt)
         if self._shared.digests is not None and isinstance(engine, Digesting):
@@ -281,6 +282,7 @@ class Ahead:
                 self._drafts.touch(source)
                 return
             done = await engine.warm(scratch.ask(DRAFT_TOKENS_MAX))
+            self._work.computed.note(done)
             if done.reused < len(path):
                 upto = min(done.prompt, len(path))
                 self._work.account.computed(spans, reused=done.reused, prompt=upto)

@@ -109,7 +109,8 @@ class Desk:
             _client_id(outside.random), seal_client_id=_client_id(outside.random)
         )
         transcript = Transcript(conversation, shared.renderer, shared.identity.sealer)
-        work = Workplace(conversation, transcript, seat, outside.clock_ms)
+        computed = shared.figures.computed
+        work = Workplace(conversation, transcript, seat, outside.clock_ms, computed)
         sitting = Sitting(shared, self._id, work, self.wake, self._troubles, self._held)
         sender = asyncio.create_task(work.send(self._lose), name=f"outbox {self._id}")
         try:

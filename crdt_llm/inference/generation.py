@@ -106,8 +106,10 @@ class Generation:
             self._note_place(event)
             match event:
                 case Prefilled(prompt, reused, _):
+                    self._work.computed.note(event)
                     self._charge(prompt, reused)
                 case Sampled(token, logprob):
+                    self._work.computed.sampled += 1
                     if self.reply.feed(token, logprob, self._clock_ms()):
                         return Outcome(State.DONE, "stop")
                     if self._window is None:

@@ -16,6 +16,7 @@ from crdt_llm.errors import CrdtLlmError, Unavailable
 from crdt_llm.inference.desk import RETRY_FIRST_S, RETRY_MAX_S, Desk
 from crdt_llm.inference.drafts import Drafts, Tally
 from crdt_llm.inference.fed import Fed
+from crdt_llm.inference.figures import Computed, Figures
 from crdt_llm.inference.turns import Turns
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Node:
         self._desks: dict[str, tuple[Desk, asyncio.Task[None]]] = {}
         self._fed: dict[str, Fed] = {}
         self.drafted = Tally()
+        self.figures = Figures(Computed(), self.drafted)
         self.digests: Digests | None = None  # where they are recorded, if they are
         self._drafts: dict[str, Drafts] = {}
         self._reading = 0  # admitted paths that are read ahead

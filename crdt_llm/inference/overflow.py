@@ -20,7 +20,7 @@ from crdt_llm.document.reading import is_summary, is_withdrawn
 from crdt_llm.document.schema import Role
 from crdt_llm.document.seal import Kind
 from crdt_llm.errors import EngineDied, LocalMisuse, PromptTooLong, Unavailable
-from crdt_llm.inference.engine import Sampled, SamplingParams
+from crdt_llm.inference.engine import Prefilled, Sampled, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -277,5 +277,11 @@ class Overflow:
         shared = self._shared
         params = SamplingParams(max_tokens=tokens_max, end_ids=shared.renderer.end_ids)
         async with aclosing(engine.generate(ids, params, len(ids))) as events:
-            sampled = [event.id async for event in events if isinstance(event, Sampled)]
+            sampled = []
+            async for event in events:
+                if isinstance(event, Prefilled):
+                    self._work.computed.note(event)
+                elif isinstance(event, Sampled):
+                    self._work.computed.sampled += 1
+                    sampled.append(event.id)
         return shared.vocabulary.text_of(sampled, [Kind.SAMPLED] * len(sampled)).strip()

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         Situation,
     )
     from crdt_llm.inference.fed import Fed
+    from crdt_llm.inference.figures import Figures
     from crdt_llm.inference.held import Held
     from crdt_llm.inference.overflow import Summary
     from crdt_llm.inference.prompt import Renderer
@@ -94,6 +95,7 @@ class Shared(Reader, Protocol):
     vocabulary: Vocabulary
     identity: Identity
     turns: Turns
+    figures: Figures
 
     @property
     def capacity(self) -> int:

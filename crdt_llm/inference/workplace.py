@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from crdt_llm.document.conversation import Change, Conversation, Writer
     from crdt_llm.document.schema import Entry
+    from crdt_llm.inference.figures import Computed
     from crdt_llm.inference.seat import Lease, Seat
     from crdt_llm.inference.transcript import Transcript
 
@@ -60,6 +61,7 @@ class Workplace:
         transcript: its entries as token ids.
         seat: where its writes go.
         clock_ms: wall time.
+        computed: where tokens are counted.
     """
 
     def __init__(
@@ -68,11 +70,13 @@ class Workplace:
         transcript: Transcript,
         seat: Seat,
         clock_ms: Callable[[], int],
+        computed: Computed,
     ) -> None:
         self.conversation = conversation
         self.transcript = transcript
         self.seat = seat
         self.account = PrefillAccount()
+        self.computed = computed
         self._on_its_way: asyncio.Future[None] | None = None
         self.was_of_use = False  # whether anything became durable from here
         self._clock_ms = clock_ms

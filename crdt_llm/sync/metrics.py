@@ -11,12 +11,16 @@ import time
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
 
 from crdt_llm.sync.verdict import Committed, Denied, Known, Lacking
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+    from prometheus_client.core import Metric
 
     from crdt_llm.store.log import Loaded, Status, Stored, UpdateLog
     from crdt_llm.sync.verdict import Verdict
@@ -94,6 +98,19 @@ class Metrics:
             lambda: float(rooms())
         )
 
+    def show(
+        self, name: str, documentation: str, read: Callable[[], float], *, grows: bool = False
+    ) -> None:
+        """Show a number of somebody else's, such as a node in this process.
+
+        Args:
+            name: What it is called, without ``crdt_llm_``; of what only grows, without ``_total``.
+            documentation: One line.
+            read: Its value now. It has no labels: a number says nothing about who.
+            grows: Whether it only grows, from 0, while this process lives.
+        """
+        self._registry.register(_Shown(f"crdt_llm_{name}", documentation, read, grows=grows))
+
     def opened(self, dialect: Dialect) -> None:
         """A connection is there."""
         self._connections.labels(dialect).inc()
@@ -130,6 +147,21 @@ class Metrics:
         """All of it, in Prometheus' text format."""
         rendered: bytes = generate_latest(self._registry)
         return rendered
+
+
+class _Shown(Collector):
+    """A number that is read when it is asked for."""
+
+    def __init__(
+        self, name: str, documentation: str, read: Callable[[], float], *, grows: bool
+    ) -> None:
+        self._family = CounterMetricFamily if grows else GaugeMetricFamily
+        self._name = name
+        self._documentation = documentation
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        yield self._family(self._name, self._documentation, value=float(self._read()))
 
 
 class MeasuredLog:

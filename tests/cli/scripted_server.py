@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from crdt_llm.inference.engine import Engine, GenerationEvent, SamplingParams
+    from crdt_llm.inference.node import Node
 
 FORMAT = FORMATS["thinking"]
 NODE_TOKEN = "a-node's-token"  # noqa: S105 - of this server alone
@@ -107,6 +108,7 @@ class Server:
     folder: DataFolder = field(init=False)
     model_dir: Path = field(init=False)
     engine: ScriptedEngine = field(init=False)
+    node: Node = field(init=False)
     port: int = 0  # a free one; after a restart the same
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     _stack: AsyncExitStack = field(init=False)
@@ -155,6 +157,7 @@ class Server:
 
         node = make_node(self.folder, hub, self.model_dir, office)
         node.surroundings = replace(node.surroundings, start_engine=start_engine)
+        self.node = node
         await node.start()
         self._stack.push_async_callback(node.close)
         hub.subscribe(node.notice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import asynccontextmanager
 from random import Random
 from typing import TYPE_CHECKING
@@ -124,6 +125,23 @@ async def test_a_node_of_its_own_answers_and_proves_with_its_own_key(tmp_path: P
             relay = SigningKey(server.folder.key("relay").read_bytes()).public
             problems = [one.problem for one in verify_path(document, document.view(), relay)]
             assert problems == [None, None]
+
+
+async def test_a_verbose_node_logs_its_counts_when_they_changed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told() -> list[str]:
+        return [one for one in caplog.messages if "node_sampled_tokens" in one]
+
+    async with Server(tmp_path, ["The first line."], with_node=False) as server:
+        async with running(server, SigningKey(b"q" * 32)):
+            pass
+        assert told() == []
+        caplog.set_level(logging.DEBUG, "crdt_llm.cli")
+        async with running(server, SigningKey(b"k" * 32)):
+            pass
+    (line,) = told()
+    assert "node_drafts_adopted_tokens 0" in line
 
 
 async def test_a_node_that_stops_gives_its_leases_back_at_once(tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
+from cli.scripted_server import Server
 
+from crdt_llm import Client
+from crdt_llm.cli.embedded_node import show_figures
 from crdt_llm.cli.folders import DataFolder
 from crdt_llm.cli.serve import KEYS, built_page, lock_folder, serve
 from crdt_llm.errors import Corrupt, DataFolderBusy
 from crdt_llm.store.sqlite import SqliteLog
+from crdt_llm.sync.metrics import Metrics
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +34,26 @@ async def test_a_key_that_is_missing_beside_conversations_is_not_made_anew(
     with pytest.raises(Corrupt, match=f"{name}.key is missing"):
         await serve(folder, host="127.0.0.1", port=0, model_dir=None)
     assert not folder.key(name).exists()
+
+
+async def test_the_node_s_figures_are_among_the_relay_s_and_name_nobody(tmp_path: Path) -> None:
+    metrics = Metrics()
+    async with Server(tmp_path, ["The first line."]) as server:
+        token = server.folder.token.read_text().strip()
+        showing = asyncio.create_task(show_figures(server.node, metrics))
+        async with Client(server.url, token=token) as client:
+            conversation = await client.create()
+            await (await conversation.ask("confidential")).entry()
+        shown = metrics.render().decode()
+        showing.cancel()
+        await asyncio.gather(showing, return_exceptions=True)
+    (sampled,) = [
+        one for one in shown.splitlines() if one.startswith("crdt_llm_node_sampled_tokens_total ")
+    ]
+    assert float(sampled.split()[1]) > 0
+    assert "crdt_llm_engine_kv_disk_bytes 0.0" in shown
+    for secret in (conversation.id, "confidential", "first line"):
+        assert secret not in shown
 
 
 def test_a_folder_is_served_once(tmp_path: Path) -> None:

@@ -63,6 +63,17 @@ def test_gauges_go_up_and_down() -> None:
     assert value(metrics, "crdt_llm_rooms") == 3
 
 
+def test_somebody_else_s_numbers_are_read_when_they_are_asked_for() -> None:
+    metrics, numbers = Metrics(), [1, 2]
+    metrics.show("node_sampled_tokens", "Tokens.", lambda: numbers[0], grows=True)
+    metrics.show("engine_queue", "Requests that wait.", lambda: numbers[1])
+    assert value(metrics, "crdt_llm_node_sampled_tokens_total") == 1
+    numbers[:] = [5, 0]
+    assert value(metrics, "crdt_llm_node_sampled_tokens_total") == 5
+    assert value(metrics, "crdt_llm_engine_queue") == 0
+    assert "# TYPE crdt_llm_engine_queue gauge" in metrics.render().decode()
+
+
 async def test_nothing_in_them_says_who_or_what() -> None:
     place, metrics = Place(), Metrics()
     place.hub = Hub(place.log, metrics=metrics)
