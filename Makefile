@@ -18,7 +18,10 @@ export HF_HUB_OFFLINE ?= 1
 
 # The page, as the relay serves it. Without npm there is none, and the relay serves a plain one.
 PAGE := crdt_llm/web/index.html
-WEB_SOURCES := $(shell find web -name node_modules -prune -o -type f -print)
+# What it is made of: no test, and nothing that is made itself.
+WEB_SOURCES := $(shell find web/page/src web/page/public web/provider/src -type f) \
+  $(addprefix web/page/,index.html package.json precache.ts vite.config.ts weigh.mjs) \
+  web/provider/package.json web/package-lock.json
 
 install: $(VENV)/.installed $(CRDT_LLM_MODELS)/smollm2-135m/config.json $(PAGE)
 
@@ -37,6 +40,8 @@ tests/js/node_modules/.installed: tests/js/package.json tests/js/package-lock.js
 	touch $@
 
 ifneq ($(shell command -v npm),)
+WEB_TOOLS := web/node_modules/.installed
+
 web/node_modules/.installed: web/package.json web/page/package.json web/provider/package.json web/package-lock.json
 	cd web && npm ci --no-audit --no-fund
 	touch $@
@@ -69,14 +74,14 @@ bench: install
 	$(BIN)/python bench/relay.py
 	$(BIN)/python bench/checks.py
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed $(WEB_TOOLS)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	@if test -d web/node_modules; then cd web && npm run lint; fi
+	$(if $(WEB_TOOLS),cd web && npm run lint)
 
-types: $(VENV)/.installed
+types: $(VENV)/.installed $(WEB_TOOLS)
 	$(BIN)/mypy
-	@if test -d web/node_modules; then cd web && npm run types; fi
+	$(if $(WEB_TOOLS),cd web && npm run types)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix

@@ -420,6 +420,7 @@ export class Replica {
           this.standing = 'closed'
           this.port.status()
         } else {
+          this.problem = frame.reason
           this.detach()
         }
         return

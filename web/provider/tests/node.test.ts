@@ -1,6 +1,7 @@
 /** A provider on `crdt-llm serve` with a node: tiny random weights, and everything else real. */
 
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process'
+import { once } from 'node:events'
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -17,8 +18,10 @@ import { PYTHON, path, realSocket, until } from './relay.js'
 
 const data = mkdtempSync(join(tmpdir(), 'crdt-llm-provider-'))
 const clients: Client[] = []
-let server: ChildProcess
+let server: ChildProcess | null = null
 let url = ''
+// However this process ends, the server ends with it.
+process.on('exit', () => server?.kill('SIGKILL'))
 
 beforeAll(async () => {
   const model = join(data, 'tiny')
@@ -39,18 +42,23 @@ beforeAll(async () => {
     }
   )
   for await (const line of createInterface({ input: server.stdout as NodeJS.ReadableStream })) {
+    if (!line.startsWith('ready ')) continue
     url = line.split(' ')[1] ?? ''
     break
   }
-}, 60_000)
+  expect(url).not.toBe('')
+  server.stdout?.resume() // what else it says must not fill the pipe
+})
 
 afterAll(async () => {
-  for (const client of clients) await client.close()
-  const ended = new Promise(resolve => server.once('exit', resolve))
-  server.kill('SIGTERM')
-  await ended
+  await Promise.allSettled(clients.map(client => client.close()))
+  if (server !== null && server.exitCode === null && server.signalCode === null) {
+    const ended = once(server, 'exit')
+    server.kill('SIGTERM')
+    await ended
+  }
   rmSync(data, { recursive: true, force: true })
-}, 60_000)
+})
 
 const ownerToken = (): string => readFileSync(join(data, 'data', 'owner.token'), 'utf8').trim()
 

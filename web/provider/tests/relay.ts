@@ -40,7 +40,7 @@ export class Relay {
     this.process = process
     for await (const line of createInterface({ input: process.stdout })) {
       this.port = Number(line.split(' ')[1])
-      return
+      return // it ends with its standard input, so with this process at the latest
     }
     throw new Error('the relay ended before it was ready')
   }

@@ -544,6 +544,16 @@ describe('presence', () => {
   })
 })
 
+it('says why the relay closed the channel for now', () => {
+  const world = new World()
+  world.open()
+  world.replica.receive({ kind: 'closed', channel: 1, code: 1013, reason: 'too many channels' })
+  expect(world.replica).toMatchObject({ standing: 'detached', problem: 'too many channels' })
+  world.sent.length = 0
+  world.open()
+  expect(world.replica).toMatchObject({ standing: 'open', problem: '' })
+})
+
 it('stays out once the relay closed the channel for good', () => {
   const world = new World()
   world.open()

@@ -214,6 +214,39 @@ class Device {
 const texts = (document: Document): string[] =>
   document.tree.view().map(id => document.entry(id, false)?.content ?? '')
 
+/** The lines hold from now on, until nothing moves. */
+const carryAll = (relay: Relay): void => {
+  for (let quiet = 0; quiet < 3; ) {
+    let moved = false
+    for (const device of relay.devices) {
+      device.connect()
+      device.time.advance(100)
+      for (const up of [true, false]) while (device.carry(true, up)) moved = true
+    }
+    quiet = moved ? 0 : quiet + 1
+  }
+}
+
+/** What is good is there once, what is bad was given back, and everybody has the same. */
+const agree = async (relay: Relay): Promise<void> => {
+  const all = [...relay.document.tree.entries].map(id => relay.document.entry(id, false)?.content)
+  const wrote = relay.devices.flatMap(device => device.wrote)
+  expect(all.sort()).toEqual(wrote.filter(text => text.startsWith('good')).sort())
+  for (const device of relay.devices) {
+    expect(device.replica.waiting).toBe(0)
+    expect(texts(device.replica.document)).toEqual(texts(relay.document))
+    const lost = device.replica.refused.map(({ intent }) =>
+      intent.kind === 'entry' ? intent.text : ''
+    )
+    expect(lost.sort()).toEqual(device.wrote.filter(text => text.startsWith('bad')).sort())
+    // What is on disk is the same.
+    await device.load()
+    expect(texts(device.replica.document)).toEqual(texts(relay.document))
+    const vector = decodeStateVector(encodeStateVector(relay.document.stateVector()))
+    expect(covers(device.replica.acknowledgedVector, vector)).toBe(true)
+  }
+}
+
 const run = async (seed: number): Promise<void> => {
   const random = new FakeTime(seed)
   const draw: Draw = bound => (random.random(new Uint8Array(3))[2] ?? 0) % bound
@@ -235,32 +268,8 @@ const run = async (seed: number): Promise<void> => {
     else if (what === 9) device.time.advance(100)
     else device.carry(false, draw(2) === 0)
   }
-  // The lines hold from now on.
-  for (let quiet = 0; quiet < 3; ) {
-    let moved = false
-    for (const device of relay.devices) {
-      device.connect()
-      device.time.advance(100)
-      for (const up of [true, false]) while (device.carry(true, up)) moved = true
-    }
-    quiet = moved ? 0 : quiet + 1
-  }
-  const all = [...relay.document.tree.entries].map(id => relay.document.entry(id, false)?.content)
-  const wrote = relay.devices.flatMap(device => device.wrote)
-  expect(all.sort()).toEqual(wrote.filter(text => text.startsWith('good')).sort())
-  for (const device of relay.devices) {
-    expect(device.replica.waiting).toBe(0)
-    expect(texts(device.replica.document)).toEqual(texts(relay.document))
-    const lost = device.replica.refused.map(({ intent }) =>
-      intent.kind === 'entry' ? intent.text : ''
-    )
-    expect(lost.sort()).toEqual(device.wrote.filter(text => text.startsWith('bad')).sort())
-    // What is on disk is the same.
-    await device.load()
-    expect(texts(device.replica.document)).toEqual(texts(relay.document))
-    const vector = decodeStateVector(encodeStateVector(relay.document.stateVector()))
-    expect(covers(device.replica.acknowledgedVector, vector)).toBe(true)
-  }
+  carryAll(relay)
+  await agree(relay)
 }
 
 describe('whatever becomes of lines, updates and pages', () => {
