@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar, assert_never
+from weakref import WeakKeyDictionary
 
 from crdt_llm.document.schema import is_conversation_id
 from crdt_llm.errors import (
@@ -59,8 +60,13 @@ Result = TypeVar("Result")
 logger = logging.getLogger("crdt_llm.sync")
 
 ROOMS_MAX: Final = 1024
-"""Rooms in memory; a usual document takes a few MB. Beyond it idle rooms go first, and if there are
-none, whoever comes is told to try again."""
+"""Rooms in memory; a usual document takes a few MB. Beyond it idle rooms go first,
+then those that have no birth, with whoever is in them. If there are none, whoever comes is told to
+try again."""
+
+UNBORN_MAX: Final = 16
+"""Rooms without a birth that one principal keeps open. Anybody may be in one, under a name that was
+made up a moment ago; whoever creates a conversation needs it for as long as a round trip takes."""
 
 IDLE_S: Final = 60.0
 """A room that nobody is in stays this long: a page that reloads is back within seconds."""
@@ -214,6 +220,19 @@ class Health:
     damaged: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Unborn:
+    """A room that is not known to have a birth.
+
+    Attributes:
+        opened_by: Who entered it first.
+        peers: Who entered it, as far as they are still there; in order.
+    """
+
+    opened_by: str = ""
+    peers: WeakKeyDictionary[Peer, None] = field(default_factory=WeakKeyDictionary)
+
+
 class Hub:
     """All rooms.
 
@@ -253,6 +272,7 @@ class Hub:
         self._refusals = RefusalRate(clock) if refusals is None else refusals
         self._debts: asyncio.Task[None] | None = None
         self._rooms: dict[str, Room] = {}  # the least recently entered first
+        self._unborn: dict[str, _Unborn] = {}  # rooms that are not known to have a birth
         self._ending: set[asyncio.Task[None]] = set()
         self._damaged: dict[str, str] = {}
         self._unregistered: frozenset[str] | None = None  # stored, and without a row when looked
@@ -272,8 +292,41 @@ class Hub:
             raise Refused(
                 NO_SUCH_CONVERSATION, "a conversation id is 22 characters of A-Z a-z 0-9 - _"
             )
-        await self._room(conversation).enter(peer)
+        if conversation not in self._rooms and not peer.is_operator:
+            await self._bound_unborn(peer.author.principal, conversation)
+        room = self._room(conversation)
+        unborn = self._unborn.get(conversation)
+        if unborn is not None:
+            unborn.opened_by = unborn.opened_by or peer.author.principal
+            unborn.peers[peer] = None
+        await room.enter(peer)
         self._damaged.pop(conversation, None)
+        self._is_unborn(room)
+
+    async def _bound_unborn(self, principal: str, conversation: str) -> None:
+        opened = [
+            room
+            for name, room in tuple(self._rooms.items())
+            if name in self._unborn and self._unborn[name].opened_by == principal
+        ]
+        if sum(self._is_unborn(room) for room in opened) < UNBORN_MAX:
+            return
+        if await self._register.load(conversation) is not None:
+            return
+        stored = await self._log.load(conversation)
+        if stored.snapshot is None and not stored.updates:
+            raise Unavailable("too many conversations of yours are open that do not exist yet")
+
+    def _is_unborn(self, room: Room, *, for_certain: bool = False) -> bool:
+        """Whether a room has no birth; one that is in a turn, or being loaded, may have none."""
+        if room.id not in self._unborn:
+            return False
+        with suppress(LocalMisuse):  # it is in the middle of a turn, or not loaded yet
+            if room.read(lambda replica: replica.id) is None:
+                return True
+            del self._unborn[room.id]
+            return False
+        return not for_certain
 
     async def join(  # noqa: PLR0913 - three of them are for whoever listens
         self,
@@ -442,6 +495,7 @@ class Hub:
                 scrubber=self._scrubber,
                 refusals=self._refusals,
             )
+            self._unborn[conversation] = _Unborn()
         self._rooms[conversation] = room
         return room
 
@@ -458,13 +512,22 @@ class Hub:
     def _make_space(self) -> None:
         if len(self._rooms) < ROOMS_MAX:
             return
-        idle = next((room for room in self._rooms.values() if room.is_idle), None)
+        rooms = tuple(self._rooms.values())
+        idle = next((room for room in rooms if room.is_idle), None)
         if idle is None:
-            raise Unavailable("too many conversations are open: try again later")
+            idle = next((room for room in rooms if self._is_unborn(room, for_certain=True)), None)
+        too_many = Unavailable("too many conversations are open: try again later")
+        if idle is None:
+            raise too_many
+        unborn = self._unborn.get(idle.id)
         self._evict(idle)
+        for peer in () if unborn is None else tuple(unborn.peers):
+            idle.leave(peer)
+            peer.dismiss(too_many)
 
     def _evict(self, room: Room) -> None:
         self._rooms.pop(room.id, None)
+        self._unborn.pop(room.id, None)
         task = asyncio.get_running_loop().create_task(room.stop(), name=f"stop {room.id}")
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
@@ -472,6 +535,7 @@ class Hub:
     def _forget(self, room: Room, error: CrdtLlmError) -> None:
         if self._rooms.get(room.id) is room:
             del self._rooms[room.id]
+            self._unborn.pop(room.id, None)
         if isinstance(error, Corrupt):
             self._damaged[room.id] = str(error)
 

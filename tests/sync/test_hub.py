@@ -20,10 +20,12 @@ from crdt_llm.errors import (
 )
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.sync import hub as hub_module
-from crdt_llm.sync.hub import IDLE_S, Hub
+from crdt_llm.sync.hub import IDLE_S, UNBORN_MAX, Hub
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from sync.rooms import Member
 
 OTHER = Birth("owner", b"another 16 bytes")
 
@@ -70,20 +72,57 @@ async def test_a_room_with_somebody_in_it_stays() -> None:
     assert CONVERSATION in place.hub._rooms
 
 
+async def give_birth(place: Place, number: int) -> tuple[str, Member]:
+    birth = Birth("owner", bytes([number]) * 16)
+    member = await place.join(conversation=conversation_id(birth))
+    await member.membership.submit(Device(Random(number)).give_birth(birth))
+    return conversation_id(birth), member
+
+
 async def test_rooms_in_memory_are_bounded_and_the_idle_go_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hub_module, "ROOMS_MAX", 2)
     place = Place()
-    names = [conversation_id(Birth("owner", bytes([number]) * 16)) for number in range(4)]
-    first = await place.join(conversation=names[0])
-    second = await place.join(conversation=names[1])
+    (_, first), (name, second) = [await give_birth(place, number) for number in range(2)]
     with pytest.raises(Unavailable):
-        await place.join(conversation=names[2])
+        await give_birth(place, 2)
     first.membership.leave()
-    await place.join(conversation=names[2])
-    assert set(place.hub._rooms) == {names[1], names[2]}
+    third, _ = await give_birth(place, 2)
+    assert set(place.hub._rooms) == {name, third}
     assert first.lost == second.lost == []
+
+
+async def test_rooms_without_a_birth_go_before_somebody_is_sent_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hub_module, "ROOMS_MAX", 2)
+    place = Place()
+    name, first = await give_birth(place, 0)
+    made_up = await place.join("squatter", conversation="A" * 22)
+    other, _ = await give_birth(place, 1)
+    assert set(place.hub._rooms) == {name, other}
+    assert [type(error) for error in made_up.lost] == [Unavailable]
+    assert first.lost == []
+
+
+async def test_rooms_without_a_birth_are_bounded_by_principal() -> None:
+    place = Place(leased=True)
+    births = [Birth("owner", bytes([n]) * 16) for n in range(UNBORN_MAX + 1)]
+    made_up = [conversation_id(birth) for birth in births]
+    name, owner = await give_birth(place, 99)
+    owner.membership.leave()
+    place.now += IDLE_S
+    place.hub.tick()
+    await turns()
+    members = [await place.join(conversation=one) for one in made_up[:-1]]
+    with pytest.raises(Unavailable, match="of yours"):
+        await place.join(conversation=made_up[-1])
+    await place.join("another", conversation=conversation_id(Birth("another", b"a" * 16)))
+    assert name not in place.hub._rooms
+    await place.join(conversation=name)  # what exists does not count
+    await members[0].membership.submit(Device(Random(1)).give_birth(births[0]))
+    await place.join(conversation=made_up[-1])  # nor does what exists by now
 
 
 async def test_subscribers_hear_of_every_commit_and_of_nothing_else(
