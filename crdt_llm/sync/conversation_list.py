@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from crdt_llm.document.rules import Author
-from crdt_llm.document.schema import Grant
 from crdt_llm.errors import CrdtLlmError
+from crdt_llm.sync.rights import right_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from crdt_llm.document.conversation import Conversation
+    from crdt_llm.document.schema import Grant
     from crdt_llm.store.archive import Archive
     from crdt_llm.sync.access import Pass
     from crdt_llm.sync.hub import Hub
@@ -42,16 +43,19 @@ SUMMARIES_MAX: Final = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What lists say of a conversation, for whoever may see it."""
+    """What lists say of a conversation, for whoever may see it.
+
+    Attributes:
+        title: What it is called.
+        created_at: ms since 1970.
+        owner: The principal in its birth.
+        access: principal -> right.
+    """
 
     title: str
     created_at: int | None
     owner: str
-    rights: Mapping[str, Grant]
-
-    def grant(self, principal: str) -> Grant | None:
-        """What a principal may do there."""
-        return Grant.OWNER if principal == self.owner else self.rights.get(principal)
+    access: Mapping[str, str]
 
 
 def summarise(conversation: Conversation) -> Summary | None:
@@ -59,22 +63,13 @@ def summarise(conversation: Conversation) -> Summary | None:
     meta = conversation.meta
     if meta.birth is None:
         return None
-    rights = {one: conversation.grant_of(one) for one in conversation.access()}
-    known = {one: grant for one, grant in rights.items() if grant is not None}
-    return Summary(meta.title, meta.created_at, meta.birth.owner, known)
-
-
-def rights_of(access: Mapping[str, str]) -> Mapping[str, Grant]:
-    """Rights as the register keeps them."""
-    known = Grant.__members__.values()
-    return {one: Grant(right) for one, right in access.items() if right in known}
+    return Summary(meta.title, meta.created_at, meta.birth.owner, dict(conversation.access()))
 
 
 def _grant(found: Pass, conversation: str, summary: Summary | None) -> Grant | None:
     if summary is None or not found.may_enter(conversation):
         return None
-    author = Author(found.principal, cap=found.cap(conversation))
-    return author.bounded(summary.grant(found.principal))
+    return right_of(summary, Author(found.principal, cap=found.cap(conversation)))
 
 
 Lines: TypeAlias = tuple[tuple[str, "Mapping[str, Any] | None"], ...]
@@ -275,7 +270,7 @@ class ConversationLists:
             reading = self._reading[conversation] = object()
             summary = await self._hub.read(conversation, summarise)
             if summary is None and (row := await self._hub.row(conversation)) is not None:
-                summary = Summary("", None, row.owner, rights_of(row.access))
+                summary = Summary("", None, row.owner, row.access)
             if self._reading.get(conversation) is not reading:
                 return summary  # it changed meanwhile, and is looked at again
             del self._reading[conversation]
