@@ -25,10 +25,13 @@ export default defineConfig({
   ssr: { resolve: { conditions: ['source', 'module', 'node', 'import', 'default'] } },
   test: {
     include: ['e2e/**/*.test.ts'],
-    // Each file starts a relay and a browser of its own; on two cores more would only slow each other.
+    // One server, which most files share, and a browser at a time: on two cores more would only slow
+    // each other. The limits are for a machine that has other work; none is waited for.
+    globalSetup: ['e2e/setup.ts'],
     fileParallelism: false,
-    testTimeout: 60_000,
-    hookTimeout: 120_000,
-    expect: { poll: { timeout: 20_000, interval: 50 } }
+    testTimeout: 120_000,
+    hookTimeout: 180_000,
+    teardownTimeout: 60_000,
+    expect: { poll: { timeout: 30_000, interval: 50 } }
   }
 })

@@ -3,9 +3,9 @@
 import { readFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import type { Browser, BrowserContextOptions } from 'playwright-core'
-import { afterAll, beforeAll, expect, test } from 'vitest'
+import { beforeAll, expect, test } from 'vitest'
 import { hand } from './hand'
-import { Device, launch, Stack } from './stack'
+import { Device, launch, type Stack, sharedStack } from './stack'
 
 interface Findings {
   readonly violations: readonly {
@@ -22,7 +22,7 @@ let browser: Browser
 let conversation = ''
 
 beforeAll(async () => {
-  stack = await Stack.start()
+  stack = sharedStack()
   browser = await launch()
   const client = await hand(stack)
   const made = await client.create({ title: 'A conversation with some of everything' })
@@ -31,9 +31,11 @@ beforeAll(async () => {
   )
   const { slot } = await made.ask('A question')
   await made.settled()
-  await new Promise<void>(done => {
+  await new Promise<void>((done, failed) => {
     const look = (): void => {
-      if (made.entry(slot)?.standing === 'settled') done()
+      const { standing } = made.entry(slot) ?? {}
+      if (standing === 'settled') done()
+      else if (standing === 'failed') failed(new Error('the reply failed'))
     }
     made.on('change', look)
     look()
@@ -42,10 +44,6 @@ beforeAll(async () => {
   await made.settled()
   conversation = made.id
   await client.close()
-})
-afterAll(async () => {
-  await browser.close()
-  await stack.remove()
 })
 
 async function serious(device: Device): Promise<string[]> {

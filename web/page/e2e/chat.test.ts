@@ -1,20 +1,16 @@
 // A conversation as people have it: written, answered, stopped, asked again, edited, seen elsewhere.
 
 import type { Browser } from 'playwright-core'
-import { afterAll, beforeAll, expect, test } from 'vitest'
+import { beforeAll, expect, test } from 'vitest'
 import { hand } from './hand'
-import { Device, launch, Stack } from './stack'
+import { Device, launch, type Stack, sharedStack } from './stack'
 
 let stack: Stack
 let browser: Browser
 
 beforeAll(async () => {
-  stack = await Stack.start()
+  stack = sharedStack()
   browser = await launch()
-})
-afterAll(async () => {
-  await browser.close()
-  await stack.remove()
 })
 
 /** A conversation with a reply on its way that takes a while, whatever the model samples. */

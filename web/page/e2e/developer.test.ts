@@ -1,19 +1,15 @@
 // The developer view: digests that verify, what a reply cost, and hidden fields with the operator's key.
 
 import type { Browser } from 'playwright-core'
-import { afterAll, beforeAll, expect, test } from 'vitest'
-import { Device, launch, Stack } from './stack'
+import { beforeAll, expect, test } from 'vitest'
+import { Device, launch, type Stack, sharedStack } from './stack'
 
 let stack: Stack
 let browser: Browser
 
 beforeAll(async () => {
-  stack = await Stack.start()
+  stack = sharedStack()
   browser = await launch()
-})
-afterAll(async () => {
-  await browser.close()
-  await stack.remove()
 })
 
 test('entries verify, and open with the key alone', async () => {

@@ -2,10 +2,10 @@
 
 import { type Client, type ClientOptions, MemoryStore, openClient } from 'crdt-llm-provider'
 import WebSocket from 'ws'
-import type { Stack } from './stack'
+import { ending, type Stack } from './stack'
 
-export const hand = (stack: Stack, more: Partial<ClientOptions> = {}): Promise<Client> =>
-  openClient({
+export async function hand(stack: Stack, more: Partial<ClientOptions> = {}): Promise<Client> {
+  const client = await openClient({
     url: stack.url,
     token: stack.token,
     device: 'Program',
@@ -13,3 +13,6 @@ export const hand = (stack: Stack, more: Partial<ClientOptions> = {}): Promise<C
     socket: (url: string, protocol: string) => new WebSocket(url, protocol) as never,
     ...more
   })
+  ending(() => client.close())
+  return client
+}

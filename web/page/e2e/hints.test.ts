@@ -2,8 +2,8 @@
 
 import { unpack } from 'crdt-llm-provider/msgpack'
 import type { Browser } from 'playwright-core'
-import { afterAll, beforeAll, expect, test } from 'vitest'
-import { Device, launch, Stack } from './stack'
+import { beforeAll, expect, test } from 'vitest'
+import { Device, launch, type Stack, sharedStack } from './stack'
 
 const DRAFT = 6 // the kind of the frame; see crdt_llm/sync/frames.py
 
@@ -11,12 +11,8 @@ let stack: Stack
 let browser: Browser
 
 beforeAll(async () => {
-  stack = await Stack.start()
+  stack = sharedStack()
   browser = await launch()
-})
-afterAll(async () => {
-  await browser.close()
-  await stack.remove()
 })
 
 test('drafts are hinted, and the switch stops that', async () => {

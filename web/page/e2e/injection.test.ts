@@ -3,21 +3,17 @@
 
 import { pack } from 'crdt-llm-provider/msgpack'
 import type { Browser, WebSocketRoute } from 'playwright-core'
-import { afterAll, beforeAll, expect, test } from 'vitest'
+import { beforeAll, expect, test } from 'vitest'
 import * as Y from 'yjs'
 import { hand } from './hand'
-import { Device, launch, Stack } from './stack'
+import { Device, launch, type Stack, sharedStack } from './stack'
 
 let stack: Stack
 let browser: Browser
 
 beforeAll(async () => {
-  stack = await Stack.start()
+  stack = sharedStack()
   browser = await launch()
-})
-afterAll(async () => {
-  await browser.close()
-  await stack.remove()
 })
 
 const evil = (name: string): string =>

@@ -3,9 +3,9 @@
 // are held against limits where the machine is known (`npm run bench`), and nowhere else.
 
 import type { Browser } from 'playwright-core'
-import { afterAll, beforeAll, expect, test } from 'vitest'
+import { beforeAll, expect, test } from 'vitest'
 import { hand } from './hand'
-import { Device, launch, Stack } from './stack'
+import { Device, launch, type Stack, sharedStack } from './stack'
 
 const ENTRIES = 2000
 const DRAWN_MAX = 140 // the stretch in the document, whatever the conversation's length
@@ -21,7 +21,7 @@ const text = (index: number): string =>
   index % 5 === 0 ? `**${index}**: \`code\`\n\n- one\n- two` : `Entry ${index}.`
 
 beforeAll(async () => {
-  stack = await Stack.start()
+  stack = sharedStack()
   browser = await launch()
   const client = await hand(stack)
   const made = await client.create({ title: 'Two thousand' })
@@ -30,10 +30,6 @@ beforeAll(async () => {
   conversation = made.id
   await client.close()
 }, 300_000)
-afterAll(async () => {
-  await browser.close()
-  await stack.remove()
-})
 
 /** Notes every task that held the page up, from its first moment on. */
 async function watchTasks(device: Device): Promise<void> {

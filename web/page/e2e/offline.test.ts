@@ -1,19 +1,15 @@
 // Without a network: the page opens, reads and writes, and what was written apart comes together.
 
 import type { Browser } from 'playwright-core'
-import { afterAll, beforeAll, expect, test } from 'vitest'
-import { Device, launch, Stack } from './stack'
+import { beforeAll, expect, test } from 'vitest'
+import { Device, launch, type Stack, startStack } from './stack'
 
 let stack: Stack
 let browser: Browser
 
 beforeAll(async () => {
-  stack = await Stack.start()
+  stack = await startStack()
   browser = await launch()
-})
-afterAll(async () => {
-  await browser.close()
-  await stack.remove()
 })
 
 test('two devices write apart, with the server gone, and agree once it is back', async () => {

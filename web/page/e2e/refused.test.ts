@@ -2,23 +2,18 @@
 
 import type { Client, Conversation } from 'crdt-llm-provider'
 import type { Browser } from 'playwright-core'
-import { afterAll, beforeAll, expect, test } from 'vitest'
+import { beforeAll, expect, test } from 'vitest'
 import { hand } from './hand'
-import { Device, launch, Stack } from './stack'
+import { Device, launch, type Stack, sharedStack } from './stack'
 
 let stack: Stack
 let browser: Browser
 let owner: Client
 
 beforeAll(async () => {
-  stack = await Stack.start({ node: false })
+  stack = sharedStack()
   browser = await launch()
   owner = await hand(stack)
-})
-afterAll(async () => {
-  await owner.close()
-  await browser.close()
-  await stack.remove()
 })
 
 /** Ada writes offline what she may no longer write once she is back. */

@@ -6,9 +6,9 @@ import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import type { Conversation } from 'crdt-llm-provider'
 import type { Browser, BrowserContextOptions } from 'playwright-core'
-import { afterAll, beforeAll, expect, test } from 'vitest'
+import { beforeAll, expect, test } from 'vitest'
 import { hand } from './hand'
-import { Device, launch, Stack } from './stack'
+import { Device, launch, type Stack, startStack } from './stack'
 
 const FOLDER = process.env.CRDT_LLM_SCREENSHOTS
 const MODELS =
@@ -17,7 +17,6 @@ const MODELS =
 let stack: Stack
 let browser: Browser
 let shown: Conversation
-let end: () => Promise<void>
 
 const OTHERS = [
   'A weekend in Lisbon',
@@ -37,20 +36,22 @@ async function asked(question: string): Promise<void> {
 }
 
 async function ended(slot: string): Promise<void> {
-  await new Promise<void>(done => {
-    const stop = shown.on('change', () => {
-      if (shown.entry(slot)?.standing !== 'settled') return
-      stop()
-      done()
-    })
+  await new Promise<void>((done, failed) => {
+    const look = (): void => {
+      const { standing } = shown.entry(slot) ?? {}
+      if (standing === 'settled') done()
+      else if (standing === 'failed') failed(new Error('the reply failed'))
+    }
+    shown.on('change', look)
+    look()
   })
 }
 
 beforeAll(async () => {
-  stack = await Stack.start({ node: FOLDER === undefined ? true : join(MODELS, 'smollm2-135m') })
+  // With a list of its own.
+  stack = await startStack(FOLDER === undefined ? undefined : join(MODELS, 'smollm2-135m'))
   browser = await launch()
   const client = await hand(stack, { device: 'Laptop' })
-  end = () => client.close()
   for (const title of OTHERS) await (await client.create({ title })).settled()
   shown = await client.create({ title: 'Hash tables, and strings reversed' })
   for (const question of QUESTIONS) await asked(question)
@@ -61,11 +62,6 @@ beforeAll(async () => {
   shown.look(null)
   await shown.settled()
 }, 300_000)
-afterAll(async () => {
-  await end()
-  await browser.close()
-  await stack.remove()
-})
 
 const looks: readonly [string, BrowserContextOptions, string][] = [
   ['light', { colorScheme: 'light', viewport: { width: 1120, height: 720 } }, ''],

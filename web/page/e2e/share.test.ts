@@ -1,19 +1,15 @@
 // Others: a link with a role, what it lets its holder do, and its end; and several accounts in a browser.
 
 import type { Browser } from 'playwright-core'
-import { afterAll, beforeAll, expect, test } from 'vitest'
-import { Device, launch, Stack } from './stack'
+import { beforeAll, expect, test } from 'vitest'
+import { Device, launch, type Stack, sharedStack } from './stack'
 
 let stack: Stack
 let browser: Browser
 
 beforeAll(async () => {
-  stack = await Stack.start({ node: false })
+  stack = sharedStack()
   browser = await launch()
-})
-afterAll(async () => {
-  await browser.close()
-  await stack.remove()
 })
 
 /** The owner's device with a conversation, and the token of a link to it. */

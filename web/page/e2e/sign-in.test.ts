@@ -1,19 +1,15 @@
 // A browser without a token, with a wrong one, and with the right one.
 
 import type { Browser } from 'playwright-core'
-import { afterAll, beforeAll, expect, test } from 'vitest'
-import { Device, launch, Stack } from './stack'
+import { beforeAll, expect, test } from 'vitest'
+import { Device, launch, type Stack, sharedStack } from './stack'
 
 let stack: Stack
 let browser: Browser
 
 beforeAll(async () => {
-  stack = await Stack.start({ node: false })
+  stack = sharedStack()
   browser = await launch()
-})
-afterAll(async () => {
-  await browser.close()
-  await stack.remove()
 })
 
 test('a browser without a token is asked for one', async () => {

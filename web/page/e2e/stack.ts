@@ -1,20 +1,7 @@
-// What the tests stand on: `crdt-llm serve` as a user runs it, with a tiny model of random weights, and
-// Debian's Chromium. Nothing here is a stand-in: relay, node and page are the real ones.
+// What the tests stand on: a real server (see server.ts), and Debian's Chromium. Nothing here is a stand-in:
+// relay, node and page are the real ones. What is begun here ends after a file's last test, whatever
+// failed, and a test that fails shows what the server said.
 
-import { type ChildProcess, spawn, spawnSync } from 'node:child_process'
-import { once } from 'node:events'
-import {
-  createWriteStream,
-  existsSync,
-  mkdtempSync,
-  readFileSync,
-  rmSync,
-  writeFileSync
-} from 'node:fs'
-import { tmpdir } from 'node:os'
-import { join } from 'node:path'
-import { createInterface } from 'node:readline'
-import { fileURLToPath } from 'node:url'
 import {
   type Browser,
   type BrowserContext,
@@ -22,126 +9,49 @@ import {
   chromium,
   type Page
 } from 'playwright-core'
-import { expect, vi } from 'vitest'
+import { afterAll, afterEach, expect, inject } from 'vitest'
+import { Server } from './server'
 
-const ROOT = fileURLToPath(new URL('../../../', import.meta.url))
-const PYTHON = process.env.CRDT_LLM_PYTHON ?? join(ROOT, '.venv/bin/python')
 const CHROMIUM = process.env.CHROMIUM ?? '/usr/bin/chromium'
-const READY_MS_MAX = 120_000
+/** What a person would wait for; a machine with other work takes a while. */
+const WAIT_MS_MAX = 30_000
+const SHOWN_CHARACTERS_MAX = 4_000 // of what a server said
 
-/** More positions than the tiny model has, so that long conversations fit its context. */
-const POSITIONS = 131_072
+export type Stack = Server
 
-/** Makes the tiny model, and gives it room. */
-function buildModel(folder: string): string {
-  const model = join(folder, 'tiny')
-  const made = spawnSync(
-    PYTHON,
-    [
-      '-c',
-      'import sys; from pathlib import Path; from tiny_model import build_tiny_model; build_tiny_model(Path(sys.argv[1]))',
-      model
-    ],
-    { env: { ...process.env, PYTHONPATH: join(ROOT, 'tests') }, encoding: 'utf8' }
-  )
-  if (made.status !== 0) throw new Error(`no tiny model: ${made.stderr}`)
-  for (const [name, key] of [
-    ['config.json', 'max_position_embeddings'],
-    ['tokenizer_config.json', 'model_max_length']
-  ] as const) {
-    const path = join(model, name)
-    const config = JSON.parse(readFileSync(path, 'utf8')) as Record<string, unknown>
-    writeFileSync(path, JSON.stringify({ ...config, [key]: POSITIONS }))
+const servers = new Set<Server>()
+const ends: (() => Promise<unknown>)[] = []
+
+/** Has something ended after the file's last test; what was begun last ends first. */
+export const ending = (end: () => Promise<unknown>): void => void ends.push(end)
+
+afterAll(async () => {
+  const failures: unknown[] = []
+  for (const end of ends.splice(0).reverse()) await end().catch(error => failures.push(error))
+  if (failures.length > 0) throw new AggregateError(failures, failures.join('; '))
+})
+
+afterEach(({ task }) => {
+  if (task.result?.state !== 'fail') return
+  for (const { url, messages } of servers) {
+    process.stderr.write(`${url} said:\n${messages.slice(-SHOWN_CHARACTERS_MAX)}\n`)
   }
-  return model
+})
+
+/** The server with the tiny model that other files use too: it cannot be stopped. */
+export function sharedStack(): Stack {
+  const server = new Server(inject('model'), inject('shared'))
+  servers.add(server)
+  return server
 }
 
-export class Stack {
-  url = ''
-  #process: ChildProcess | null = null
-  #port = 0
-  readonly #folder = mkdtempSync(join(tmpdir(), 'crdt-llm-page-'))
-  readonly #model: string | null
-
-  private constructor(node: boolean | string) {
-    this.#model = node === true ? buildModel(this.#folder) : node || null
-  }
-
-  /** With the tiny model, with a model in a folder, or without a node. */
-  static async start({ node = true as boolean | string } = {}): Promise<Stack> {
-    const stack = new Stack(node)
-    await stack.start()
-    return stack
-  }
-
-  get data(): string {
-    return join(this.#folder, 'data')
-  }
-
-  get token(): string {
-    return readFileSync(join(this.data, 'owner.token'), 'utf8').trim()
-  }
-
-  /** The operator's key for hidden fields, as hexadecimal digits. */
-  get masterKey(): string {
-    return readFileSync(join(this.data, 'keys/master.key')).toString('hex')
-  }
-
-  get messages(): string {
-    const path = join(this.#folder, 'serve.log')
-    return existsSync(path) ? readFileSync(path, 'utf8') : ''
-  }
-
-  async start(): Promise<void> {
-    const words = ['-m', 'crdt_llm', 'serve', '--data', this.data, '--port', String(this.#port)]
-    words.push(...(this.#model === null ? ['--no-node'] : ['--model', this.#model]))
-    const child = spawn(PYTHON, words, { stdio: ['ignore', 'pipe', 'pipe'] })
-    this.#process = child
-    child.stderr?.pipe(createWriteStream(join(this.#folder, 'serve.log'), { flags: 'a' }))
-    const ready = (async () => {
-      for await (const line of createInterface({ input: child.stdout as NodeJS.ReadableStream })) {
-        if (line.startsWith('ready ')) return line.split(' ')[1] ?? ''
-      }
-      throw new Error(`the server ended: ${this.messages}`)
-    })()
-    const late = setTimeout(() => child.kill('SIGKILL'), READY_MS_MAX)
-    this.url = new URL(await ready).origin
-    clearTimeout(late)
-    this.#port = Number(new URL(this.url).port)
-    if (this.#model !== null) await this.#untilNodeIsReady()
-  }
-
-  async #untilNodeIsReady(): Promise<void> {
-    await vi.waitFor(
-      async () => {
-        const { status } = await fetch(`${this.url}/readyz`)
-        if (status !== 200) throw new Error(this.messages)
-      },
-      { timeout: READY_MS_MAX, interval: 100 }
-    )
-  }
-
-  /** A signed token of somebody else. */
-  tokenOf(principal: string): string {
-    const words = ['-m', 'crdt_llm', 'token', 'issue', principal, '--data', this.data, '--json']
-    const made = spawnSync(PYTHON, words, { encoding: 'utf8' })
-    if (made.status !== 0) throw new Error(`no token: ${made.stderr}`)
-    return (JSON.parse(made.stdout) as { token: string }).token
-  }
-
-  /** Ends the server; with SIGKILL as a power cut does. */
-  async stop(signal: 'SIGTERM' | 'SIGKILL' = 'SIGTERM'): Promise<void> {
-    const child = this.#process
-    if (child === null || child.exitCode !== null || child.signalCode !== null) return
-    const ended = once(child, 'exit')
-    child.kill(signal)
-    await ended
-  }
-
-  async remove(): Promise<void> {
-    await this.stop()
-    rmSync(this.#folder, { recursive: true, force: true })
-  }
+/** A server for this file alone, with the tiny model or another. */
+export async function startStack(model = inject('model')): Promise<Stack> {
+  const server = new Server(model)
+  servers.add(server)
+  ending(() => server.remove())
+  await server.start()
+  return server
 }
 
 const FLAGS = [
@@ -155,8 +65,11 @@ const FLAGS = [
   '--disable-sync'
 ]
 
-export const launch = (): Promise<Browser> =>
-  chromium.launch({ executablePath: CHROMIUM, args: FLAGS })
+export async function launch(): Promise<Browser> {
+  const browser = await chromium.launch({ executablePath: CHROMIUM, args: FLAGS })
+  ending(() => browser.close())
+  return browser
+}
 
 /** A browser of its own, with storage of its own: one device of one person. */
 export class Device {
@@ -177,7 +90,7 @@ export class Device {
   ): Promise<Device> {
     const { name = 'Device', token = stack.token, at, ...rest } = options
     const context = await browser.newContext({ viewport: { width: 1200, height: 800 }, ...rest })
-    context.setDefaultTimeout(20_000)
+    context.setDefaultTimeout(WAIT_MS_MAX)
     await context.addInitScript(device => {
       localStorage.setItem('crdt-llm.device', device)
       // A clipboard of this page's own: the real one is one for all tests.
@@ -229,9 +142,10 @@ export class Device {
 
   /** Waits until the worker has the page, so that the next visit needs no network. */
   async cached(): Promise<void> {
-    await this.page.evaluate(async () => {
-      await navigator.serviceWorker.ready
-      while ((await caches.keys()).length === 0) await new Promise(done => setTimeout(done, 20))
+    // Without a bound `ready` would wait for ever for a worker whose installation failed.
+    await this.page.waitForFunction(async () => {
+      const worker = (await navigator.serviceWorker.getRegistration())?.active
+      return worker?.state === 'activated' && (await caches.keys()).length > 0
     })
   }
 
