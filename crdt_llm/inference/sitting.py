@@ -41,12 +41,12 @@ from crdt_llm.inference.evaluate import (
     Withdraw,
     evaluate,
 )
-from crdt_llm.inference.fed import Drop
 from crdt_llm.inference.generation import Generation, Outcome
 from crdt_llm.inference.held import is_unconfirmed
 from crdt_llm.inference.overflow import Overflow
 from crdt_llm.inference.presence import Doing, NodeState, Presence
 from crdt_llm.inference.reply import Reply, describe
+from crdt_llm.inference.withdrawals import Withdrawals
 from crdt_llm.inference.workplace import PRINCIPAL
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ class Sitting:
         self._fed = shared.fed(conversation)
         self._overflow = Overflow(shared, conversation, work, wake)
         self._ahead = Ahead(shared, conversation, work, self._fed, wake)
+        self._withdrawals = Withdrawals(shared, conversation, work, self._fed, self._ahead)
         self._lease: Lease | None = None
         self._asking: asyncio.Task[None] | None = None  # for the lease
         self._presence = Presence(work.seat, work.conversation.client_id, self._look)
@@ -287,6 +288,13 @@ class Sitting:
                 await self._forget()
             case Mark() | Request() | Clear() | Withdraw():
                 await self.work.write(lambda writer: self._note_down(writer, action))
+
+    async def _forget(self) -> None:
+        """Have the engine forget what was withdrawn, and what was computed from it (I8)."""
+        await self._ahead.stop()  # it may be just reading it
+        if self.work.conversation.tree.pending:
+            await self._overflow.stop()
+        await self._withdrawals.forget()
 
     def _note_down(self, writer: Writer, action: Mark | Request | Clear | Withdraw) -> None:
         match action:
@@ -661,69 +669,6 @@ class Sitting:
             _fail(writer, slot, _failure(code, message))
 
         await self.work.write(write)
-
-    # -- what was withdrawn --------------------------------------------------------------------
-
-    async def _forget(self) -> None:
-        """Have the engine forget what was withdrawn, and what was computed from it (I8)."""
-        await self._ahead.stop()  # it may be just reading it
-        if self.work.conversation.tree.pending:
-            await self._overflow.stop()
-        engine, tree = self._shared.engine, self.work.conversation.tree
-        withdrawn = self.work.take_withdrawn()
-        if withdrawn:
-            # It may have been typed here a moment ago.
-            self._shared.drafts(self._id).reset()
-            if self._shared.digests is not None:
-                self._shared.digests.drop(self._id, tree, withdrawn)
-        for entry in withdrawn:
-            known = len(self._fed.drops)
-            self._fed.withdraw(entry)
-            if tree.is_admitted(entry):
-                self._ahead.plan(tree.tip(entry))
-                if len(self._fed.drops) == known and not self._was_forgotten(entry):
-                    self._fed.drops.append(self._drop_unseen(entry))
-        if engine is not None:
-            await self._tell_to_forget(engine, withdrawn)
-
-    async def _tell_to_forget(self, engine: Engine, withdrawn: tuple[str, ...]) -> None:
-        try:
-            while self._fed.drops:
-                await engine.forget(self._fed.drops[0].ids, self._fed.drops[0].keep)
-                self._fed.drops.popleft()
-            await self._ahead.drop_drafts(engine)
-        except EngineDied:
-            self._shared.lost_engine(engine)
-            return
-        if self._shared.digests is not None:
-            self._shared.digests.note_forgotten(self._id, withdrawn)
-
-    def _was_forgotten(self, entry: str) -> bool:
-        """Whether no engine can have read an entry that this process never gave to one.
-
-        What engines wrote to disk outlives them. Without a folder there is nothing of the kind.
-        """
-        digests = self._shared.digests
-        return digests is None or entry in digests.forgotten(self._id)
-
-    def _drop_unseen(self, entry: str) -> Drop:
-        """What an engine has to forget of an entry whose ids nobody knows any more.
-
-        Everything behind its parent; where it may have been read elsewhere too, or stands at the
-        root, everything that begins as its path does.
-        """
-        conversation, transcript = self.work.conversation, self.work.transcript
-        parent, path = conversation.tree.up(entry), conversation.tree.path(entry)
-        if parent and all(conversation.reads(name) is None for name in conversation.tree.entries):
-            try:
-                ids = transcript.ids(parent)
-            except BadProof as error:
-                logger.info("conversation %s: %s", self._id, error)
-            else:
-                return Drop(ids, len(ids) - 1)
-        first = transcript.drafting(())("")[:1]
-        logger.info("conversation %s: all KV is forgotten, for %s", self._id, path[0])
-        return Drop(first, 0)
 
 
 def _mark(writer: Writer, slots: tuple[str, ...], state: State) -> None:
