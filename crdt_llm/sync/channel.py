@@ -164,7 +164,6 @@ class Channel:
         self._next_to_send = next_to_send
         self._frames: deque[FromClient] = deque()
         self._last_id = 0
-        self._deaf_through = 0  # refusals up to this id are about what is sent again anyway (K2)
         self._sent_through = 0  # number of the last write that went out
         self._in_flight: dict[int, tuple[int, ...]] = {}  # id -> numbers, in order
         self._window = WINDOW
@@ -257,7 +256,6 @@ class Channel:
         Args:
             carefully: one by one, until one is taken.
         """
-        self._deaf_through = self._last_id
         self._is_held = False
         self._rejected = None
         self._in_flight.clear()
@@ -392,8 +390,8 @@ class Channel:
     def _not_taken(self, nack: Nack, now_s: float) -> Event | None:
         if self._restore is not None and nack.id == self._restore[0]:
             return self._not_restored(nack, self._restore[1], now_s)
-        if nack.id <= self._deaf_through or nack.id not in self._in_flight:
-            return None
+        if nack.id not in self._in_flight:
+            return None  # about what is sent again anyway (K2)
         numbers = self._in_flight[nack.id]
         if self._rejected is not None or nack.code in _REFUSED:
             return self._refused(nack, numbers)
@@ -416,7 +414,6 @@ class Channel:
 
     def _forget_from(self, identity: int, numbers: tuple[int, ...]) -> None:
         """K2."""
-        self._deaf_through = self._last_id
         for known in [known for known in self._in_flight if known >= identity]:
             del self._in_flight[known]
         self._sent_through = min(numbers, default=1) - 1

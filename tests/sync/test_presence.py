@@ -41,14 +41,14 @@ def test_each_announcement_is_newer_than_the_last() -> None:
 def test_devices_come_change_and_go() -> None:
     company = Company(US, "phone")
     assert company.hear([says(1, 1, {"device": "laptop"}), says(2, 1, {"device": "desk"})])
-    assert company.devices == ("desk", "laptop")
+    assert list(company.devices) == ["desk", "laptop"]
     assert not company.hear([says(1, 2, {"device": "laptop"})])  # said again: nothing new
     assert company.hear([says(1, 3, {"device": "tablet"})])
     assert not company.hear([says(1, 2, {"device": "laptop"})])  # older than what is known
-    assert company.devices == ("desk", "tablet")
+    assert list(company.devices) == ["desk", "tablet"]
     assert company.hear([says(1, 4, None)])
     assert not company.hear([says(1, 5, None)])
-    assert company.devices == ("desk",)
+    assert list(company.devices) == ["desk"]
 
 
 def test_our_own_echo_is_nobody() -> None:
