@@ -119,7 +119,7 @@ class LeaseLost(Unavailable):
     """A node's lease is over: what it wrote since is refused, and another node may act now."""
 
 
-class Behind(Unavailable):  # noqa: N818 - as above
+class Behind(Unavailable):
     """The relay lost something that was admitted; it waits for a replica that has it."""
 
 
