@@ -374,7 +374,8 @@ class OpenConversation:
 
         Args:
             role: ``writer`` or ``reader``.
-            expires_at: until when the link is good, ms since 1970; ``None`` for ever.
+            expires_at: until when the link is good, ms since 1970; ``None`` leaves it to the
+                relay, which takes a year.
             name: what to call them; by default the relay draws a name.
 
         Raises:

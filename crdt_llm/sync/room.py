@@ -638,7 +638,8 @@ class Room:
         while self._line:
             seat = self._line.popleft()
             seat.is_ready = False
-            if self._hold_debtor(seat):
+            # A held seat stood in line when its answer was put off; it comes again with that.
+            if seat.is_held or self._hold_debtor(seat):
                 continue
             submission, author = seat.queue.popleft()
             if submission.peer.author.epoch != author.epoch:

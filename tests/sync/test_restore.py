@@ -596,7 +596,7 @@ def written_over(asked: Asked, client: int, key: str, value: Any) -> bytes:
 @pytest.mark.parametrize("key", ["content", "born"])
 async def test_a_restore_does_not_write_over_pending_words(bringer: str, key: str) -> None:
     asked = await will_asked()
-    value = "pay 1000"
+    value: Any = "pay 1000"
     if key == "born":
         value = {**asked.his.replica.born_plain(asked.pending), "at": 7}
     forged = written_over(asked, 4_000_000_000, key, value)
