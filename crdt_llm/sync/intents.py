@@ -75,8 +75,8 @@ Intent: TypeAlias = tuple[PlainEdit, ...]
 
 
 def intent_of(change: Change) -> Intent:
-    """What an author's transaction meant."""
-    return tuple(edit for one in change.edits for edit in _plain_edits(one))
+    """What an author's transaction meant: entries first, as they follow each other."""
+    return tuple(sorted((edit for one in change.edits for edit in _plain_edits(one)), key=_order))
 
 
 def _plain_edits(edit: Edit) -> Sequence[PlainEdit]:

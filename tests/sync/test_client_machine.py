@@ -25,6 +25,7 @@ from crdt_llm.document import rules
 from crdt_llm.errors import LocalMisuse, Refused, StoreFailed
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
 from crdt_llm.sync import local_replica, room
+from crdt_llm.sync.intents import Add
 from crdt_llm.sync.replica_file import ReplicaFile
 from crdt_llm.sync.wire import decode_state_vector
 
@@ -136,7 +137,8 @@ class Device:
     def orphans(self) -> set[str]:
         """Requests for a reply to what was refused; they say nothing themselves."""
         refused = self.conversation.refused_writes
-        return {entry for one in refused if not one.text for entry in one.entries}
+        edits = (edit for one in refused for edit in one.intent)
+        return {edit.entry for edit in edits if isinstance(edit, Add) and edit.content is None}
 
     def arrived(self) -> set[str]:
         """Entries that others wrote."""
@@ -336,6 +338,8 @@ class Fleet(RuleBasedStateMachine):
             assert not missing, f"{device.name} was promised {missing}"
             drafts = Counter(one.text for one in device.conversation.refused_writes if one.text)
             assert drafts == device.offences
+            messages = [one for one in device.conversation.refused_writes if one.text]
+            assert {one.what for one in messages} <= {"a message"}
             assert not device.conversation.unacknowledged
             assert device.conversation.synced
             assert device.conversation.refused is None
