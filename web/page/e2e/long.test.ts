@@ -132,7 +132,8 @@ test('the page stays smooth while a reply streams and somebody types', async () 
   await device.page.getByText('Online').waitFor()
   const { slot } = await made.ask('Go on', { params: { max_tokens: 2000, ignore_eos: true } })
   await device.page.locator('article.streaming').waitFor({ timeout: 200_000 })
-  const before = (await tasks(device)).length
+  // Told by when they began: the browser reports a task some while after its end.
+  const since = await device.page.evaluate(() => performance.now())
   const drawn = await device.page.evaluate(() => {
     // The elements of a block that is complete stay the same ones while the last block grows.
     const first = document.querySelector('article.streaming .formatted > *')
@@ -152,8 +153,9 @@ test('the page stays smooth while a reply streams and somebody types', async () 
   )
   expect(isSame).toBe(true)
   expect(await device.composer.inputValue()).toHaveLength(80)
-  const long = (await tasks(device)).slice(before).map(([, duration]) => duration)
-  process.stdout.write(`tasks over 50 ms while streaming and typing: ${JSON.stringify(long)}\n`)
+  const seen = (await tasks(device)).map(([at, took]) => [Math.round(at - since), took] as const)
+  process.stdout.write(`tasks over 50 ms, from the first key on: ${JSON.stringify(seen)}\n`)
+  const long = seen.filter(([at]) => at >= 0).map(([, took]) => took)
   if (isBench) expect(long.filter(one => one > TASK_MS_MAX)).toEqual([])
   await made.stop(slot)
   await device.close()
