@@ -504,7 +504,9 @@ export class Replica {
     }
     this.acknowledged.push(update)
     this.learn(update)
-    this.tailBytes += update.length
+    // The first is what a tail is measured by: a whole document that just came is no reason to put
+    // it together with the first word behind it.
+    if (this.acknowledged.length > 1) this.tailBytes += update.length
     const [first] = this.acknowledged
     if (this.tailBytes > Math.max(TAIL_BYTES_MIN, first?.length ?? 0)) this.compact()
   }
