@@ -121,7 +121,18 @@ def test_a_blob_does_not_open_elsewhere(elsewhere: dict[str, Any]) -> None:
         {"conversation": leased({2: NODE})},
         {"relay": SUCCESSOR.public},
     ],
-    ids=str,
+    ids=(
+        "text",
+        "conversation id",
+        "entry",
+        "parent",
+        "epoch",
+        "chunk",
+        "lease of another node",
+        "lease of another node beside it",
+        "lease before",
+        "relay",
+    ),
 )
 def test_a_signature_covers_the_place_and_the_text(changed: dict[str, Any]) -> None:
     blob = sealer().seal(HIDDEN, WHERE, "text", NODE)
