@@ -133,6 +133,7 @@ async def test_a_verbose_node_logs_its_counts_when_they_changed(
     def told() -> list[str]:
         return [one for one in caplog.messages if "node_sampled_tokens" in one]
 
+    caplog.set_level(logging.INFO, "crdt_llm.cli")  # whatever earlier tests made of the root's
     async with Server(tmp_path, ["The first line."], with_node=False) as server:
         async with running(server, SigningKey(b"q" * 32)):
             pass
