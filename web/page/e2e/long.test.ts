@@ -134,23 +134,27 @@ test('the page stays smooth while a reply streams and somebody types', async () 
   await device.page.locator('article.streaming').waitFor({ timeout: 200_000 })
   // Told by when they began: the browser reports a task some while after its end.
   const since = await device.page.evaluate(() => performance.now())
-  const drawn = await device.page.evaluate(() => {
-    // The elements of a block that is complete stay the same ones while the last block grows.
-    const first = document.querySelector('article.streaming .formatted > *')
-    ;(window as unknown as { first: Element | null }).first = first
+  const reply = `article[data-entry="${slot}"] .formatted`
+  await device.page.locator(`${reply} > *`).first().waitFor()
+  const drawn = await device.page.evaluate(selector => {
+    // The reply is drawn into one element for as long as it lives, and the elements of a block
+    // that is complete stay the same ones while the last block grows.
+    const box = document.querySelector(selector)
+    const first = box?.firstElementChild
+    const complete = first?.nextElementSibling ? first : null
+    Object.assign(window, { box, complete })
     return document.querySelectorAll('article.message').length
-  })
+  }, reply)
   await device.composer.focus()
   for (let key = 0; key < 80; key += 1) {
     await device.page.keyboard.type('words and '[key % 10] ?? ' ')
     await device.page.evaluate(() => new Promise(requestAnimationFrame))
   }
   expect(drawn).toBeLessThan(DRAWN_MAX)
-  const isSame = await device.page.evaluate(
-    () =>
-      (window as unknown as { first: Element | null }).first ===
-      document.querySelector('article.streaming .formatted > *')
-  )
+  const isSame = await device.page.evaluate(selector => {
+    const { box, complete } = window as unknown as { box: Element; complete: Element | null }
+    return box.isSameNode(document.querySelector(selector)) && (complete?.isConnected ?? true)
+  }, reply)
   expect(isSame).toBe(true)
   expect(await device.composer.inputValue()).toHaveLength(80)
   const seen = (await tasks(device)).map(([at, took]) => [Math.round(at - since), took] as const)
