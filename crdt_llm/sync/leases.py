@@ -183,6 +183,8 @@ class LeaseDesk:
         """A node asks for a lease. Asking again changes nothing."""
         place = self._conversations.setdefault(conversation, _Conversation())
         events = self._expire(conversation, place)
+        # A lease that has just run out, with nobody waiting, was forgotten with its conversation.
+        place = self._conversations.setdefault(conversation, place)
         lease = place.lease
         if lease is None:
             return [*events, self._give(conversation, place, holder)]

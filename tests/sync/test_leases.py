@@ -115,6 +115,19 @@ def test_who_comes_later_waits_and_gets_it_unasked_when_the_ttl_is_over(
     assert granted(desk, events) is second
 
 
+def test_who_asks_first_after_a_lease_ran_out_unnoticed_holds_it(
+    desk: LeaseDesk, clock: Clock, first: Node, second: Node
+) -> None:
+    (granted,) = desk.want(HERE, first)
+    assert isinstance(granted, Grant)
+    assert desk.confirm(granted)
+    desk.lost(first)
+    clock.now += TTL_S + 1.0  # and nobody ticks in between
+    (grant,) = (event for event in desk.want(HERE, second) if isinstance(event, Grant))
+    assert desk.confirm(grant)
+    assert desk.holder(HERE) is second
+
+
 def test_renewing_keeps_a_lease_and_too_late_is_too_late(
     desk: LeaseDesk, clock: Clock, first: Node, second: Node
 ) -> None:
