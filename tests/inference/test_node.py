@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
+from lent_engine import Lent
 from local_room import LocalRoom, make_node
 
 from crdt_llm.document.chain import verify_path
@@ -35,17 +36,6 @@ GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-class Lent:
-    """An engine that outlives the node which borrows it: starting one takes seconds."""
-
-    def __init__(self, engine: EngineProcess) -> None:
-        self.generate, self.warm = engine.generate, engine.warm
-        self.forget, self.capabilities = engine.forget, engine.capabilities
-
-    async def close(self) -> None:
-        """It was only lent."""
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")

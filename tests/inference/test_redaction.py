@@ -7,12 +7,12 @@ import gc
 import hashlib
 import sys
 import types
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
-from local_room import LocalRoom, make_node
+from lent_engine import running
+from local_room import LocalRoom
 
 from crdt_llm.document.chain import verify_path
 from crdt_llm.document.conversation import Conversation
@@ -36,35 +36,10 @@ GREEDY = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
 LONG = {"temperature": 0.0, "max_tokens": 1500, "ignore_eos": True}
 
 
-class Lent:
-    """An engine that outlives the node which borrows it: starting one takes seconds."""
-
-    def __init__(self, engine: EngineProcess) -> None:
-        self.generate, self.warm, self.digest = engine.generate, engine.warm, engine.digest
-        self.forget, self.capabilities = engine.forget, engine.capabilities
-
-    async def close(self) -> None:
-        """It was only lent."""
-
-
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def engine(tiny_model_dir: Path) -> AsyncIterator[EngineProcess]:
     async with await EngineProcess.start(tiny_model_dir, threads=1) as engine:
         yield engine
-
-
-@asynccontextmanager
-async def running(room: LocalRoom, model_dir: Path, engine: EngineProcess) -> AsyncIterator[Node]:
-    async def start() -> Lent:
-        return Lent(engine)
-
-    node = make_node(room, model_dir, start)
-    await node.start()
-    node.notice(room.id)
-    try:
-        yield node
-    finally:
-        await node.close()
 
 
 def redact(room: LocalRoom, entry: str) -> None:
