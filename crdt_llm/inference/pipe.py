@@ -192,6 +192,10 @@ _KINDS: Final[dict[str, type[Any]]] = {
 }
 
 
+# In the order of the class. Looked up once: a token of a reply is a message.
+_FIELDS: Final = {kind: tuple(field.name for field in fields(kind)) for kind in _KINDS.values()}
+
+
 def pack_ids(ids: Sequence[int]) -> bytes:
     """Token ids as bytes.
 
@@ -221,7 +225,35 @@ def encode(message: Command | Report) -> bytes:
     return LENGTH.pack(len(body)) + body
 
 
-def decode_length(head: bytes) -> int:
+class Frames:
+    """Divides a stream of bytes into frames, however it comes in pieces."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Take what came next.
+
+        Returns:
+            The bodies of the frames that are complete now, in order.
+
+        Raises:
+            MalformedMessage: a frame is over the limit.
+        """
+        self._bytes += data
+        bodies, begin = [], 0
+        while len(self._bytes) >= begin + LENGTH.size:
+            first = begin + LENGTH.size
+            end = first + decode_length(self._bytes[begin:first])
+            if len(self._bytes) < end:
+                break
+            bodies.append(bytes(self._bytes[first:end]))
+            begin = end
+        del self._bytes[:begin]
+        return bodies
+
+
+def decode_length(head: bytes | bytearray) -> int:
     """The length of the body that follows a frame's first four bytes.
 
     Raises:
@@ -265,9 +297,9 @@ def _decode(body: bytes) -> object:
 
 
 def _to_plain(value: Any) -> Any:
-    kind = type(value).__name__
-    if _KINDS.get(kind) is type(value):
-        return [kind, *(_to_plain(getattr(value, field.name)) for field in fields(value))]
+    names = _FIELDS.get(type(value))
+    if names is not None:
+        return [type(value).__name__, *(_to_plain(getattr(value, name)) for name in names)]
     return sorted(value) if isinstance(value, frozenset) else value
 
 

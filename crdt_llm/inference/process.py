@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 CLOSE_SECONDS_MAX: Final = 5.0
 """The worker ends as soon as its input closes; one that does not is killed."""
 
+READ_BYTES_MAX: Final = 64 << 10
+"""Of reports at once: some thousand tokens, more than ever wait."""
+
 _Kind = TypeVar("_Kind")
 _Answer = (
     Queued
@@ -231,14 +234,12 @@ class EngineProcess:
     async def _read(self) -> None:
         """Hand reports to who waits for them, until the process ends."""
         reason = ""
+        stream, frames = _output(self._process), pipe.Frames()
         try:
-            while (report := await _read_report(self._process)) is not None:
-                if not isinstance(report, pipe.Event):
-                    reason = ": it sent a report that nobody asked for"
-                    break
-                answers = self._waiting.get(report.request)
-                if answers is not None:  # else it was cancelled
-                    answers.put_nowait(report.event)
+            # All that is there at once: tokens come several at a time.
+            while data := await _read_some(stream):
+                for body in frames.feed(data):
+                    self._hand_on(pipe.decode_report(body))
         except MalformedMessage as error:
             reason = f": {error}"
         if reason:
@@ -251,12 +252,31 @@ class EngineProcess:
             answers.put_nowait(self._died)
         await self._process.wait()
 
+    def _hand_on(self, report: pipe.Report) -> None:
+        if not isinstance(report, pipe.Event):
+            raise MalformedMessage("it sent a report that nobody asked for")
+        answers = self._waiting.get(report.request)
+        if answers is not None:  # else it was cancelled
+            answers.put_nowait(report.event)
+
+
+def _output(process: asyncio.subprocess.Process) -> asyncio.StreamReader:
+    if process.stdout is None:
+        raise LocalMisuse("the process was started without its pipes")
+    return process.stdout
+
+
+async def _read_some(stream: asyncio.StreamReader) -> bytes:
+    """What came, as much as there is; nothing when the process has closed its end."""
+    try:
+        return await stream.read(READ_BYTES_MAX)
+    except ConnectionError:
+        return b""
+
 
 async def _read_report(process: asyncio.subprocess.Process) -> pipe.Report | None:
-    """The next report, or None when the process has closed its end."""
-    stream = process.stdout
-    if stream is None:
-        raise LocalMisuse("the process was started without its pipes")
+    """The first report, or None when the process has closed its end."""
+    stream = _output(process)
     try:
         head = await stream.readexactly(pipe.LENGTH.size)
         body = await stream.readexactly(pipe.decode_length(head))

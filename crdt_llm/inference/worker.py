@@ -28,12 +28,13 @@ from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 from crdt_llm.errors import CrdtLlmError, MalformedMessage, ModelUnusable
 from crdt_llm.inference import pipe
+from crdt_llm.inference.engine import Sampled
 from crdt_llm.inference.team import Team
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from crdt_llm.inference.engine import Finished, KvDigest, Prefilled, Queued, Sampled, Scored
+    from crdt_llm.inference.engine import Finished, KvDigest, Prefilled, Queued, Scored
     from crdt_llm.inference.torch_engine import TorchEngine
 
 EXIT_INPUT_CLOSED = 0
@@ -56,6 +57,11 @@ IDLE_S = 1.0
 
 SAVE_S_MAX = 3.0
 """How long the process may live without an input, to write KV to disk: some gigabytes."""
+
+TOKENS_WAIT_S_MAX = 0.02
+"""How long a token may wait for the next ones, so that they cross the pipe together. Less than half
+of the window in which a node collects text, and as much is computed in vain behind a stop string.
+Steps that take longer than this send theirs one by one."""
 
 
 class _EndOfInput:
@@ -92,28 +98,64 @@ def _read_commands(source: BinaryIO, commands: queue.Queue[_Input]) -> None:
         commands.put(command)
 
 
-class _Reports:
-    """The writing side of the pipe."""
+class Reports:
+    """The writing side of the pipe, in order.
 
-    def __init__(self, sink: BinaryIO) -> None:
+    Tokens wait for each other for a moment: whoever reads them is another process on the same
+    cores, and to wake it costs a good part of what a token may take. Everything else goes out at
+    the end of its step, with what waits before it; the first token of a reply with it, since the
+    word that its prompt was read comes in the same step.
+
+    Args:
+        sink: the pipe.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, sink: BinaryIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._sink = sink
+        self._clock = clock
+        self._waiting = bytearray()
+        self._since_s: float | None = None  # the oldest of what waits
+        self._is_urgent = False
 
     def write(self, report: pipe.Report) -> None:
-        try:
-            self._sink.write(pipe.encode(report))
-            self._sink.flush()
-        except BrokenPipeError:
-            _leave(EXIT_INPUT_CLOSED)  # the parent is gone
+        """Write a report, and what waits before it, at once."""
+        self._waiting += pipe.encode(report)
+        self.flush()
 
     def event(
         self,
         request: int,
         event: Queued | Prefilled | Sampled | Finished | KvDigest | Scored | CrdtLlmError,
     ) -> None:
+        """Take an event of a step; see :meth:`step_ended`."""
         if isinstance(event, CrdtLlmError):
-            self.write(pipe.Event(request, pipe.Failed.of(event)))
+            report = pipe.Event(request, pipe.Failed.of(event))
         else:
-            self.write(pipe.Event(request, event))
+            report = pipe.Event(request, event)
+        self._waiting += pipe.encode(report)
+        self._is_urgent |= not isinstance(event, Sampled)
+        if self._since_s is None:
+            self._since_s = self._clock()
+
+    def step_ended(self, took_s: float) -> None:
+        """Write what must not wait for another step that takes as long as this one."""
+        if self._since_s is None:
+            return
+        if self._is_urgent or self._clock() - self._since_s + took_s > TOKENS_WAIT_S_MAX:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write all that waits."""
+        if not self._waiting:
+            return
+        try:
+            self._sink.write(self._waiting)
+            self._sink.flush()
+        except BrokenPipeError:
+            _leave(EXIT_INPUT_CLOSED)  # the parent is gone
+        self._waiting = bytearray()
+        self._since_s, self._is_urgent = None, False
 
 
 def _load(options: argparse.Namespace) -> TorchEngine:
@@ -137,7 +179,7 @@ def _load(options: argparse.Namespace) -> TorchEngine:
     return torch_engine.TorchEngine(options.model, **budgets)
 
 
-def _take(command: pipe.Command, engine: TorchEngine, reports: _Reports) -> None:
+def _take(command: pipe.Command, engine: TorchEngine, reports: Reports) -> None:
     """Hand one command to the engine."""
     try:
         match command:
@@ -162,13 +204,17 @@ def _take(command: pipe.Command, engine: TorchEngine, reports: _Reports) -> None
         reports.event(command.request, error)
 
 
-def _run(engine: TorchEngine, commands: queue.Queue[_Input], reports: _Reports) -> NoReturn:
+def _run(engine: TorchEngine, commands: queue.Queue[_Input], reports: Reports) -> NoReturn:
     """Take every waiting command, then do one step; without work, write KV to disk, then wait."""
     import torch  # noqa: PLC0415 - it was loaded with the engine
 
     team = Team(torch.get_num_threads())
     while True:
-        command = _next(commands, idle_s=0) if engine.busy else _wait(commands, engine)
+        if engine.busy:
+            command = _next(commands, idle_s=0)
+        else:
+            reports.flush()  # of a reply that was cancelled: nobody waits for it, but it was made
+            command = _wait(commands, engine)
         while command is not None:
             if isinstance(command, _EndOfInput):
                 while engine.save_one():
@@ -179,7 +225,7 @@ def _run(engine: TorchEngine, commands: queue.Queue[_Input], reports: _Reports) 
         _step(engine, team, reports)
 
 
-def _step(engine: TorchEngine, team: Team, reports: _Reports) -> None:
+def _step(engine: TorchEngine, team: Team, reports: Reports) -> None:
     """One step, by as many threads as are of use now."""
     import torch  # noqa: PLC0415 - it was loaded with the engine
 
@@ -187,7 +233,9 @@ def _step(engine: TorchEngine, team: Team, reports: _Reports) -> None:
         torch.set_num_threads(team.threads)
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     engine.step(reports.event)
-    team.note(time.perf_counter() - wall_s, time.process_time() - cpu_s)
+    took_s = time.perf_counter() - wall_s
+    reports.step_ended(took_s)
+    team.note(took_s, time.process_time() - cpu_s)
 
 
 def _wait(commands: queue.Queue[_Input], engine: TorchEngine) -> _Input:
@@ -223,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The terminal's interrupt goes to the whole group; the node decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Frames keep the descriptor to themselves: whatever prints must not end up among them.
-    reports = _Reports(os.fdopen(os.dup(sys.stdout.fileno()), "wb"))
+    reports = Reports(os.fdopen(os.dup(sys.stdout.fileno()), "wb"))
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     commands: queue.Queue[_Input] = queue.Queue(COMMANDS_WAITING_MAX)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from crdt_llm.document.schema import State
+from crdt_llm.document.schema import ENDED, State
 from crdt_llm.errors import Refused, ReplyFailed
 
 if TYPE_CHECKING:
@@ -58,14 +58,15 @@ class Reply:
             Refused: the relay refused the request itself.
         """
         document = self._conversation.document
-        entry = document.entry(self.id)
-        if entry is None:
+        # Asked with every change: nothing here may cost what the reply has grown to.
+        if document.born(self.id) is None:
             # Another device asked, and it has not come here yet; or the relay refused the request.
             refused = self._conversation.refusal_of(self.id)
             if refused is not None:
                 raise Refused(refused.code, refused.reason)
             return False
-        return entry.ended or entry.redacted or document.tree.is_end(self.id)
+        over = document.state(self.id) in ENDED or document.is_redacted(self.id)
+        return over or document.tree.is_end(self.id)
 
     async def entry(self) -> Entry:
         """The slot once it has ended, with its state, usage and proof. Never raises for a failure.

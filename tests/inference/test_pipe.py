@@ -125,3 +125,21 @@ def test_frames_are_limited() -> None:
         pipe.decode_length(too_long)
     with pytest.raises(LocalMisuse):
         pipe.encode(pipe.Warm(0, bytes(pipe.FRAME_BYTES_MAX)))
+
+
+@given(st.lists(st.sampled_from(REPORTS), max_size=6), st.data())
+def test_frames_come_out_whole_however_they_are_cut(
+    reports: list[pipe.Report], data: st.DataObject
+) -> None:
+    stream = b"".join(map(pipe.encode, reports))
+    frames, bodies, begin = pipe.Frames(), [], 0
+    while begin < len(stream):
+        end = data.draw(st.integers(begin + 1, len(stream)))
+        bodies += frames.feed(stream[begin:end])
+        begin = end
+    assert [pipe.decode_report(body) for body in bodies] == reports
+
+
+def test_a_frame_over_the_limit_is_refused_at_its_head() -> None:
+    with pytest.raises(MalformedMessage):
+        pipe.Frames().feed((pipe.FRAME_BYTES_MAX + 1).to_bytes(4, "little"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import select
 import signal
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from crdt_llm.errors import EngineDied, LocalMisuse, ModelUnusable, PromptTooLong
-from crdt_llm.inference import pipe
+from crdt_llm.inference import pipe, worker
 from crdt_llm.inference.engine import Finished, Prefilled, Sampled, SamplingParams
 from crdt_llm.inference.process import EngineProcess
 
@@ -363,3 +364,62 @@ async def test_an_idle_engine_writes_its_kv_before_it_is_killed(
     async with await start_with_folder(tiny_model_dir, folder) as second:
         path = LONG[:100] + sampled(events)
         assert await second.warm(path) == Prefilled(120, 120, 0)
+
+
+class Wire:
+    """The writing side of a pipe, and a clock to set."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+        self.sink = io.BytesIO()
+        self.reports = worker.Reports(self.sink, lambda: self.now_s)
+
+    def step(self, took_s: float, *events: Sampled | Prefilled | Finished) -> None:
+        """One step with these events at its end."""
+        self.now_s += took_s
+        for event in events:
+            self.reports.event(1, event)
+        self.reports.step_ended(took_s)
+
+    def arrived(self) -> list[object]:
+        """What was written since the last call."""
+        bodies = pipe.Frames().feed(self.sink.getvalue())
+        self.sink.seek(0)
+        self.sink.truncate()
+        reports = [pipe.decode_report(body) for body in bodies]
+        return [report.event for report in reports if isinstance(report, pipe.Event)]
+
+
+def test_the_first_token_goes_out_at_once_and_the_next_ones_together() -> None:
+    wire, tokens = Wire(), [Sampled(number, -0.5) for number in range(9)]
+    wire.step(0.06, Prefilled(3, 0, 3), tokens[0])
+    assert wire.arrived() == [Prefilled(3, 0, 3), tokens[0]]
+    for token in tokens[1:4]:
+        wire.step(0.005, token)
+        assert wire.arrived() == []
+    wire.step(0.0055, tokens[4])
+    assert wire.arrived() == tokens[1:5]
+
+
+def test_a_token_does_not_wait_for_a_step_that_takes_long() -> None:
+    wire = Wire()
+    for number in range(3):
+        wire.step(worker.TOKENS_WAIT_S_MAX + 0.001, Sampled(number, -0.5))
+        assert wire.arrived() == [Sampled(number, -0.5)]
+
+
+def test_the_end_of_a_reply_takes_along_what_waits() -> None:
+    wire = Wire()
+    wire.step(0.005, Sampled(1, -0.5))
+    wire.step(0.005, Sampled(2, -0.5), Finished("end"))
+    assert wire.arrived() == [Sampled(1, -0.5), Sampled(2, -0.5), Finished("end")]
+
+
+def test_an_answer_between_two_steps_keeps_the_order() -> None:
+    wire = Wire()
+    wire.step(0.005, Sampled(1, -0.5))
+    wire.reports.write(pipe.Event(7, pipe.Forgotten()))
+    assert wire.arrived() == [Sampled(1, -0.5), pipe.Forgotten()]
+    wire.step(0.005)
+    wire.reports.flush()
+    assert wire.arrived() == []
