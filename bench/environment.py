@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from peer import Skipped
+from peer import Skipped, root_cause
 
 INSTALL_S_MAX = 1800  # vLLM brings a few GB
 FOLDER = Path(sys.prefix) / "peers"
@@ -63,7 +63,7 @@ def run(words: list[str]) -> None:
     try:
         subprocess.run(words, check=True, capture_output=True, timeout=INSTALL_S_MAX)  # noqa: S603 - our own words
     except subprocess.CalledProcessError as error:
-        last = error.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise Skipped(f"{words[3] if len(words) > 3 else words[0]} failed: {last}") from error
+        why = root_cause(error.stderr.decode(errors="replace"))
+        raise Skipped(f"{' '.join(words[1:4])} failed: {why}") from error
     except subprocess.TimeoutExpired as error:
         raise Skipped(f"it was not installed within {INSTALL_S_MAX} s") from error

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
-
-PROBE_BYTES = 256 << 20  # read to measure the memory's bandwidth: far beyond any cache
 
 
 def main(model_dir: Path) -> None:
@@ -43,7 +40,7 @@ def main(model_dir: Path) -> None:
         def end(self) -> None:
             """The request's last line says it."""
 
-    say({"bytes_per_s": _bytes_per_s(torch)})
+    say({"ready": True})
     for request_line in sys.stdin:
         request = json.loads(request_line)
         prompt = tokenizer.apply_chat_template(
@@ -59,17 +56,6 @@ def main(model_dir: Path) -> None:
                 streamer=Lines(),
             )
         say({"prompt": prompt["input_ids"].shape[1]})
-
-
-def _bytes_per_s(torch: Any) -> float:
-    """How fast this machine reads memory that is in no cache; the best of a few tries."""
-    data = torch.ones(PROBE_BYTES // 4)
-    best_s = float("inf")
-    for _ in range(5):
-        before = time.perf_counter()
-        data.sum()
-        best_s = min(best_s, time.perf_counter() - before)
-    return PROBE_BYTES / best_s
 
 
 if __name__ == "__main__":

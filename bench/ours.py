@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import httpx
 from peer import STARTUP_S_MAX, Stopwatch, Turn, line, process
+from prometheus_client.parser import text_string_to_metric_families
 
 from crdt_llm import Client
 
@@ -20,9 +24,34 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
-    from crdt_llm.sync.client import OpenConversation
+    from crdt_llm.document.schema import Usage
+    from crdt_llm.sync.client import OpenConversation, Reply
 
 TYPING_S = 0.15  # between two words: 80 words a minute and a half, faster than most people type
+HELP_S_MAX = 60  # of a program that prints how it is used
+WASTED = "crdt_llm_node_drafts_wasted_tokens_total"
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A ``crdt-llm serve`` that runs.
+
+    Attributes:
+        url: Its address.
+        token: The owner's.
+        pid: Of its process; the engine is a child of it.
+    """
+
+    url: str
+    token: str = field(repr=False)
+    pid: int
+
+    async def counts(self) -> dict[str, float]:
+        """What it counts, by name, as anybody may read it."""
+        async with httpx.AsyncClient(base_url=self.url) as client:
+            page = (await client.get("/metrics")).raise_for_status()
+        families = text_string_to_metric_families(page.text)
+        return {one.name: one.value for family in families for one in family.samples}
 
 
 class CrdtLlm:
@@ -31,10 +60,13 @@ class CrdtLlm:
     Args:
         conversation: It.
         name: What the table calls it.
-        typing: Whether the text is typed word by word, with hints of the draft on the way.
+        typing: The server, if the text is typed word by word, with hints of the draft on the way;
+            nobody else may type there, since the server counts what was read in vain for all.
     """
 
-    def __init__(self, conversation: OpenConversation, name: str, *, typing: bool = False) -> None:
+    def __init__(
+        self, conversation: OpenConversation, name: str, *, typing: Server | None = None
+    ) -> None:
         self.name = name
         self.conversation = conversation
         self._typing = typing
@@ -42,18 +74,14 @@ class CrdtLlm:
     async def turn(self, text: str, tokens: int) -> Turn:
         """See :class:`~peer.Peer`."""
         sent = self.conversation.traffic.live.sent_bytes
-        if self._typing:
+        wasted = await self._wasted()
+        if self._typing is not None:
             await self._type(text)
         watch = Stopwatch()
         reply = await self.conversation.ask(
             text, max_tokens=tokens, ignore_eos=True, temperature=0.0
         )
-        async for _ in reply:
-            watch.part()
-        entry = await reply.entry()
-        usage = entry.usage
-        if usage is None or usage.sampled != tokens:
-            raise SystemExit(f"a reply ended as {entry.state} with {usage}")
+        usage = await whole(reply, watch, tokens)
         return Turn(
             ttft_ms=watch.ttft_ms,
             tokens_per_s=watch.tokens_per_s(usage.sampled),
@@ -61,8 +89,12 @@ class CrdtLlm:
             prefilled=usage.prefilled,
             prompt=usage.prompt,
             drafted=usage.drafted,
+            wasted=round(await self._wasted() - wasted),
             gaps_ms=tuple(watch.gaps_ms),
         )
+
+    async def _wasted(self) -> float:
+        return 0 if self._typing is None else (await self._typing.counts()).get(WASTED, 0)
 
     async def _type(self, text: str) -> None:
         words = text.split(" ")
@@ -71,25 +103,47 @@ class CrdtLlm:
             await asyncio.sleep(TYPING_S)  # a person's pace, which is what is measured here
 
 
+async def whole(reply: Reply, watch: Stopwatch, tokens: int) -> Usage:
+    """Take a reply of so many tokens to its end; what it cost.
+
+    Raises:
+        SystemExit: It is another one: then there is nothing to measure.
+    """
+    async for _ in reply:
+        watch.part()
+    entry = await reply.entry()
+    if entry.usage is None or entry.usage.sampled != tokens:
+        raise SystemExit(f"a reply ended as {entry.state} with {entry.usage}")
+    return entry.usage
+
+
+def weight_formats() -> tuple[str, ...]:
+    """The weight formats that ``crdt-llm serve`` offers, its own choice first."""
+    words = [sys.executable, "-m", "crdt_llm", "serve", "--help"]
+    done = subprocess.run(words, check=True, capture_output=True, timeout=HELP_S_MAX)  # noqa: S603 - our own words
+    return ("int8", "bf16") if b"--weights" in done.stdout else ("int8",)
+
+
 @asynccontextmanager
 async def serving(
     folder: Path, model: Path, options: Sequence[str] = (), name: str = "server"
-) -> AsyncIterator[tuple[str, str]]:
-    """``crdt-llm serve``; its address and the owner's token."""
+) -> AsyncIterator[Server]:
+    """``crdt-llm serve`` with its data in a folder below, which it may find there."""
     data = folder / name
     words = ["-m", "crdt_llm", "serve", "--port", "0", "--data", str(data), "--model", str(model)]
     log = folder / f"{name}.log"
     async with process(sys.executable, *words, *options, log=log, environment=os.environ) as child:
         ready = await line(child, STARTUP_S_MAX)
-        yield ready.split()[1].decode(), (data / "owner.token").read_text().strip()
+        token = (data / "owner.token").read_text().strip()
+        yield Server(ready.split()[1].decode(), token, child.pid)
 
 
 @asynccontextmanager
 async def conversations(
-    url: str, token: str, folder: Path, count: int
+    server: Server, folder: Path, count: int
 ) -> AsyncIterator[list[OpenConversation]]:
-    """A client with so many new conversations."""
-    async with Client(url, token=token, data=folder / "client", device="bench") as client:
+    """A client, with its data in a folder of its own, and so many new conversations."""
+    async with Client(server.url, token=server.token, data=folder, device="bench") as client:
         made = [await client.create(f"bench {number}") for number in range(count)]
         for conversation in made:
             await conversation.synced_once()

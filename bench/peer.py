@@ -6,6 +6,7 @@ This module owns the measures. It must not know who is measured.
 from __future__ import annotations
 
 import asyncio
+import re
 import statistics
 import sys
 import time
@@ -23,6 +24,12 @@ STARTUP_S_MAX = 600  # a peer that compiles its kernels first takes minutes on t
 LAST = 5  # turns whose median shows what a long history costs
 LOG_CHARACTERS_SHOWN = 2000  # of a process that failed: its last stack
 LINE_BYTES_MAX = 1 << 20  # a request with its whole history
+CAUSE_CHARACTERS_MAX = 300  # of an error, in one line of the output
+
+# What a server's logger puts before a line: "(Worker pid=7) ERROR 11-22 05:43:06 [core.py:15] ".
+_PREFIX = re.compile(r"^(\(.*?pid=\d+\) )?((ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] )?")
+# "ValueError: …", also of a module ("torch.OutOfMemoryError: …"), and pip's "ERROR: …".
+_RAISED = re.compile(r"^([A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)|ERROR): \S")
 
 
 class Skipped(Exception):  # noqa: N818 - it says what happened to the peer
@@ -40,6 +47,7 @@ class Turn:
         prefilled: Prompt tokens that were computed.
         prompt: Prompt tokens in all.
         drafted: Prompt tokens that were computed while the text was being typed.
+        wasted: Tokens that were computed of what was being typed, and dropped again.
         gaps_ms: Between the parts of the reply.
     """
 
@@ -49,6 +57,7 @@ class Turn:
     prefilled: int
     prompt: int
     drafted: int = 0
+    wasted: int = 0
     gaps_ms: tuple[float, ...] = ()
 
 
@@ -105,6 +114,7 @@ class Summary:
     sent_bytes: int
     prefilled: int
     drafted: int
+    wasted: int
 
     @classmethod
     def of(cls, turns: Sequence[Turn]) -> Summary:
@@ -118,6 +128,7 @@ class Summary:
             sent_bytes=sum(turn.sent_bytes for turn in turns),
             prefilled=sum(turn.prefilled for turn in turns),
             drafted=sum(turn.drafted for turn in turns),
+            wasted=sum(turn.wasted for turn in turns),
         )
 
 
@@ -128,7 +139,10 @@ async def process(
     log: Path,
     environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Process]:
-    """A process with pipes, ended with the block; if that fails, the end of its log is shown."""
+    """A process with pipes, ended with the block; if that fails, the end of its log is shown.
+
+    A peer that is skipped says why by itself.
+    """
     with log.open("wb") as errors:
         child = await asyncio.create_subprocess_exec(
             program,
@@ -141,6 +155,8 @@ async def process(
         )
     try:
         yield child
+    except Skipped:
+        raise
     except BaseException:
         _show_end(log)
         raise
@@ -148,6 +164,18 @@ async def process(
         if child.returncode is None:
             child.terminate()
         await child.wait()
+
+
+def root_cause(log: str) -> str:
+    """What went wrong first in the log of a process that failed.
+
+    An error wraps the one that caused it, and Python prints the cause first; a server of several
+    processes tells it once more in each. So it is the first line that ends a traceback, or that pip
+    marks as an error; without one, the last line that says something.
+    """
+    lines = [said for line in log.splitlines() if (said := _PREFIX.sub("", line).strip())]
+    raised = next((line for line in lines if _RAISED.match(line)), None)
+    return (raised or (lines or ["it said nothing"])[-1])[:CAUSE_CHARACTERS_MAX]
 
 
 def _show_end(log: Path) -> None:

