@@ -63,6 +63,7 @@ class Serving:
     folder: DataFolder = field(init=False)
     port: int = 0  # a free one; after a restart the same
     process: subprocess.Popen[bytes] | None = None
+    said: bytes = b""  # on standard output, over all its lives
 
     def __post_init__(self) -> None:
         self.folder = DataFolder(self.root / "data")
@@ -82,7 +83,8 @@ class Serving:
                 self.command, stdout=subprocess.PIPE, stderr=log, env=ENVIRONMENT
             )
         assert self.process.stdout is not None
-        line = self.process.stdout.readline().decode()
+        self.said += (first := self.process.stdout.readline())
+        line = first.decode()
         assert line.startswith("ready http://"), self.errors
         port = urlsplit(line.split()[1]).port
         assert port is not None
@@ -109,6 +111,7 @@ class Serving:
         """Wait for its end; the exit code."""
         code = await asyncio.to_thread(self.running.wait)
         assert self.running.stdout is not None
+        self.said += self.running.stdout.read()
         self.running.stdout.close()
         return code
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 from base64 import urlsafe_b64encode
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from stack.served_process import READY_S_MAX
 
@@ -17,12 +17,22 @@ from crdt_llm.document.keys import SigningKey
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from stack.served_process import ServedProcess
+    from crdt_llm.cli.folders import DataFolder
 
 PRIVATE = 0o600
 
 
-async def node_token(server: ServedProcess, file: Path) -> Path:
+class Relay(Protocol):
+    """A relay's process, as far as a node needs to know it."""
+
+    @property
+    def folder(self) -> DataFolder: ...
+
+    @property
+    def url(self) -> str: ...
+
+
+async def node_token(server: Relay, file: Path) -> Path:
     """Issue a token for nodes as an operator does."""
     words = ["token", "issue", "node", "--node", "--data", str(server.folder.path)]
     issuing = await asyncio.create_subprocess_exec(
@@ -47,10 +57,19 @@ class NodeProcess:
         token: a file with a token for nodes.
         folder: its own folder.
         model_dir: the model.
+        words: further words of the command line.
     """
 
-    def __init__(self, server: ServedProcess, token: Path, folder: Path, model_dir: Path) -> None:
+    def __init__(
+        self,
+        server: Relay,
+        token: Path,
+        folder: Path,
+        model_dir: Path,
+        words: tuple[str, ...] = (),
+    ) -> None:
         self.folder = folder
+        self._words = words
         self._server = server
         self._token = token
         self._model_dir = model_dir
@@ -75,9 +94,14 @@ class NodeProcess:
     def messages(self) -> str:
         return self._messages.read_text(encoding="utf-8")
 
+    @property
+    def process_id(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     async def start(self) -> None:
         words = ["node", "--url", self._server.url, "--token-file", str(self._token)]
-        words += ["--data", str(self.folder), "--model", str(self._model_dir)]
+        words += ["--data", str(self.folder), "--model", str(self._model_dir), *self._words]
         with self._messages.open("ab") as messages:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -93,6 +117,12 @@ class NodeProcess:
             line = (await self._process.stdout.readline()).decode()
         shown = urlsafe_b64encode(self.public).rstrip(b"=").decode() if line else ""
         assert line == f"ready {shown}\n", self.messages
+
+    async def rest_of_output(self) -> bytes:
+        """What it said on standard output behind the first line, once it has ended."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        return await self._process.stdout.read()
 
     async def kill(self) -> None:
         """SIGKILL; returns when it is gone."""
