@@ -66,7 +66,8 @@ EMPTY_STATE_VECTOR: Final = b"\x00"
 CLIENT_ID_BITS: Final = 32  # what every Yjs implementation holds exactly
 
 EPOCH_DIGITS_MAX: Final = 16  # of what JavaScript holds exactly
-HANDLES_MAX: Final = 256  # kept entries: more than ever stream at once, less than a long document
+# Kept entries, and kept texts: more than ever stream at once, less than a long document.
+HANDLES_MAX: Final = 256
 
 META: Final = "meta"
 ACCESS: Final = "access"
@@ -359,9 +360,11 @@ class Conversation:
         self._born: dict[str, Born] = {}
         self._reads: dict[str, tuple[str, ...]] = {}
         self._redacted: set[str] = set()
+        self._states: dict[str, State] = {}
         # Asking the library costs ten times an answer kept here, and the checks of each streamed
-        # token ask often. Both are forgotten when a change touches what they say.
+        # token ask often. All are forgotten when a change touches what they say.
         self._handles: dict[str, Any] = {}  # of entries
+        self._texts: dict[str, Text] = {}  # of replies
         self._meta: Meta | None = None
         self._listeners: list[Callable[[Change], None]] = []
         self._collected: list[Edit] = []
@@ -396,8 +399,7 @@ class Conversation:
         """
         self._check_idle()
         self._seal = None
-        self._handles.clear()
-        self._meta = None
+        self._forget_all()
         self._collected, self._updates, self._failure = [], [], None
         self._hold(shadow.take())
         for entry in touched:
@@ -420,6 +422,7 @@ class Conversation:
         self._collected, self._updates = [], []
         failure, self._failure = self._failure, None
         if failure is not None:
+            self._forget_all()  # what changed is not known
             raise MalformedMessage(f"an update that cannot be read: {failure}") from failure
         texts: set[str] = set()
         structure: set[str] = set()
@@ -448,6 +451,14 @@ class Conversation:
             self._meta = None
         elif edit.root == ENTRIES and not edit.path:
             self._handles.pop(str(edit.key), None)
+            self._texts.pop(str(edit.key), None)
+        elif edit.key == "content" and edit.entry is not None:
+            self._texts.pop(edit.entry, None)
+
+    def _forget_all(self) -> None:
+        self._handles.clear()
+        self._texts.clear()
+        self._meta = None
 
     def _refresh(self, entry: str) -> None:
         fields = self._fields(entry)
@@ -458,6 +469,7 @@ class Conversation:
         if fields is None or born is None:
             self._born.pop(entry, None)
             self._reads.pop(entry, None)
+            self._states.pop(entry, None)
             self.tree.drop(entry)
             return
         self._born[entry] = born
@@ -468,6 +480,10 @@ class Conversation:
             self._reads.pop(entry, None)
         place = read_place(fields["place"]) if "place" in fields else None
         state = read_state(fields["state"]) if slot and "state" in fields else None
+        if state is None:
+            self._states.pop(entry, None)
+        else:
+            self._states[entry] = state
         self.tree.put(
             Facts(
                 id=entry,
@@ -513,6 +529,7 @@ class Conversation:
             ):
                 raise
             self._collected, self._updates, self._failure = [], [], None
+            self._forget_all()
             raise MalformedMessage(f"an update that does not apply: {error}") from error
         change = self._settle(origin)
         if self._seal is not None and not change.is_empty:
@@ -686,7 +703,9 @@ class Conversation:
         return str(value) if isinstance(value, str | Text) else ""
 
     def state(self, entry: str) -> State | None:
-        """A slot's state, cheaply."""
+        """A slot's state. O(1)."""
+        if not self._busy:
+            return self._states.get(entry)
         born = self._born.get(entry)
         if born is None or born.role is not Role.ASSISTANT:
             return None
@@ -711,9 +730,16 @@ class Conversation:
 
     def text_bytes(self, entry: str) -> int:
         """The length of an entry's text in UTF-8 bytes; of a reply's without reading it."""
+        kept = self._texts.get(entry)
+        if kept is not None and not self._busy:
+            return len(kept)
         fields = self._fields(entry)
         value = fields.get("content") if fields is not None else None
         if isinstance(value, Text):
+            if not self._busy:
+                if len(self._texts) >= HANDLES_MAX:
+                    self._texts.clear()
+                self._texts[entry] = value
             return len(value)
         return len(value.encode()) if isinstance(value, str) else 0
 

@@ -192,7 +192,46 @@ def check(
         return  # known already: a no-op for everybody
     if author.node and epoch is not None:  # N0
         _need(author.epoch == epoch, "stale-epoch", "another node has the lease now, or none has")
+    if author.node and is_growth(change, conversation, conversation_id=conversation_id):
+        return
     _Check(change, conversation, conversation_id, author).run()
+
+
+def is_growth(change: Change, conversation: Conversation, *, conversation_id: str) -> bool:
+    """Whether a node's change is nothing but the next words of replies, as all the rules allow it.
+
+    Nearly every change is: one for each token. What may be asked of such a change is asked here
+    without the rest; ``False`` says nothing, and leaves it to the rest.
+
+    Args:
+        change: what a node holding the lease (N0) did.
+        conversation: the replica after it.
+        conversation_id: the id under which it was sent.
+
+    Returns:
+        ``True`` only if no rule refuses it: C1 and C2, as the birth that was checked before is
+        untouched; C3, as it is a node's; N5, as below. The others are about keys, and no key of
+        any map was touched.
+    """
+    birth = conversation.meta.birth
+    if not change.edits or birth is None or _id_of(birth) != conversation_id:
+        return False
+    for edit in change.edits:
+        if edit.root != ENTRIES or len(edit.path) != 2:  # noqa: PLR2004 - an entry and its field
+            return False
+        entry, name = str(edit.path[0]), edit.path[1]
+        length = conversation.text_bytes(entry)
+        if (
+            length > TEXT_BYTES_MAX
+            or conversation.state(entry) is not State.STREAMING
+            or conversation.is_redacted(entry)
+        ):
+            return False
+        is_word = name == "content" and edit.action == "text" and _is_last_word(edit.new, length)
+        is_chunk = name == "sealed" and edit.action == "array" and _is_last_chunk(edit.new)
+        if not (is_word or is_chunk):
+            return False
+    return True
 
 
 def check_born(value: Mapping[str, Any], role: Role) -> None:
@@ -708,6 +747,26 @@ def _is_policy(value: Any) -> bool:
         isinstance(choice, str) and choice in POLICY_VALUES.get(name, ())
         for name, choice in value.items()
     )
+
+
+def _is_last_word(delta: Any, length_after: int) -> bool:
+    """Whether a delta is one plain insert at the end: what :func:`_is_append` mostly meets."""
+    last = delta[-1] if delta else {}
+    inserted = last.get("insert")
+    if len(last) != 1 or not isinstance(inserted, str):
+        return False
+    kept = length_after - len(inserted.encode())
+    return bool(delta == [{"retain": kept}, last] if kept else len(delta) == 1)
+
+
+def _is_last_chunk(delta: Any) -> bool:
+    """Whether a delta is one insert of bytes behind all others: so :func:`_is_chunks` mostly."""
+    last = delta[-1] if delta else {}
+    items = last.get("insert")
+    if len(last) != 1 or not isinstance(items, list) or not all(map(_is_bytes, items)):
+        return False
+    kept = delta[0].get("retain") if len(delta) == 2 else None  # noqa: PLR2004 - what was, and what came
+    return len(delta) == 1 or (isinstance(kept, int) and len(delta[0]) == 1)
 
 
 def _is_append(delta: Any, length_after: int) -> bool:

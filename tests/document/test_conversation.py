@@ -228,13 +228,65 @@ def test_answers_that_are_kept_do_not_outlive_a_change() -> None:
     assert (here.text(USER), here.entry(USER)) == ("", None)
 
 
+def test_what_is_kept_of_a_reply_does_not_outlive_a_change() -> None:
+    """Its state and where its text is; the old text's place may be another's by then."""
+    here, raw = asked(), Doc[Any](client_id=7)
+
+    def read() -> tuple[State | None, int]:
+        entry = here.entry(SLOT)
+        assert here.text_bytes(SLOT) == len(here.text(SLOT).encode())
+        assert here.state(SLOT) == (entry.state if entry is not None else None)
+        return here.state(SLOT), here.text_bytes(SLOT)
+
+    assert read() == (State.STREAMING, 0)
+    with here.writing() as writer:
+        writer.state(SLOT, State.FAILED)
+        writer.open_reply(SLOT)
+        writer.append_text(SLOT, "é")
+        assert here.state(SLOT) is State.FAILED  # at once, for the writer itself
+        assert here.text_bytes(SLOT) == 2
+    assert read() == (State.FAILED, 2)
+    with here.writing() as writer:
+        writer.state(SLOT, State.STREAMING)
+        writer.append_text(SLOT, "!")
+        assert here.text_bytes(SLOT) == 3
+    assert read() == (State.STREAMING, 3)
+    before = here.diff()
+    raw.apply_update(before)
+    entries = raw.get("entries", type=Map)
+    born = {"role": "assistant", "clock": 2}
+    steps: list[tuple[dict[str, Any] | None, tuple[State | None, int]]] = [
+        ({"content": Text("other")}, (State.STREAMING, 5)),
+        ({"content": "plain", "state": "done"}, (State.DONE, 5)),
+        ({"content": Text("z"), "state": "no state"}, (None, 1)),
+        (None, (None, 0)),
+        ({"born": born, "content": Text("anew")}, (None, 4)),
+        ({"state": "stopped", "content": None}, (State.STOPPED, 0)),
+    ]
+    for fields_then, then in steps:
+        if fields_then is None:
+            del entries[SLOT]
+        elif SLOT in entries:
+            entries[SLOT].update(fields_then)
+        else:
+            entries[SLOT] = Map(fields_then)
+        here.apply(raw.get_update(here.state_vector()))
+        assert read() == then
+    here.revert(conversation_module.Shadow(3, before), {SLOT})
+    assert read() == (State.STREAMING, 3)
+
+
 @pytest.mark.parametrize("kept", [1, 2])
 def test_any_number_of_kept_entries_will_do(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversation_module, "HANDLES_MAX", kept)
     here = Conversation(1, seal_client_id=2)
     write_everything(here)
     assert {entry: here.entry(entry) for entry in FULL} == FULL
+    assert [here.text_bytes(entry) for entry in FULL] == [
+        len(here.text(entry).encode()) for entry in FULL
+    ]
     assert len(here._handles) <= kept
+    assert len(here._texts) <= kept
 
 
 def test_meta_is_taken_away_again() -> None:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import event, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from pycrdt import Array, Doc, Map, Text, XmlFragment, merge_updates
 
 from crdt_llm.document import rules
 from crdt_llm.document.conversation import ROOTS, Conversation
-from crdt_llm.document.rules import CLOCK_LEAD_MAX, Author, check
+from crdt_llm.document.rules import CLOCK_LEAD_MAX, Author, check, is_growth
 from crdt_llm.document.schema import (
     ROOT,
     TEXT_BYTES_MAX,
@@ -35,7 +35,7 @@ from crdt_llm.errors import Gap, Refused, TooLarge
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from crdt_llm.document.conversation import Writer
+    from crdt_llm.document.conversation import Change, Writer
 
     Write = Callable[["Raw"], object]
 
@@ -104,11 +104,14 @@ def a_conversation() -> bytes:
 STATE = a_conversation()
 
 
+NOTHING = b"\x00\x00"
+
+
 class Raw:
     """A document that can be written in any way, as a stranger's program could."""
 
-    def __init__(self, state: bytes) -> None:
-        self.doc: Doc[Any] = Doc(client_id=77)
+    def __init__(self, state: bytes, client_id: int = 77) -> None:
+        self.doc: Doc[Any] = Doc(client_id=client_id)
         self.meta, self.access, self.leases, self.entries = (
             self.doc.get(root, type=Map) for root in ROOTS
         )
@@ -123,8 +126,7 @@ class Raw:
         with self.doc.transaction():
             write(self)
         self.doc.unobserve(subscription)
-        (update,) = written
-        return update
+        return written[0] if written else NOTHING
 
 
 def put(shared: Any, **values: Any) -> Any:
@@ -244,7 +246,6 @@ def unborn(*, schema: Any = 1, birth: Any = BIRTH.plain(), **more: Any) -> Write
     return lambda raw: put(raw.meta, **{k: v for k, v in given.items() if v is not None})
 
 
-NOTHING = b"\x00\x00"
 BARE = merge_updates(STATE, Raw(STATE).update(lambda raw: drop(raw[GONE], "content")))
 OWNED = merge_updates(STATE, Raw(STATE).update(lambda raw: put(raw.access, olga="owner")))
 OTHERS = {"owner": "olga", "nonce": b"m" * 16}
@@ -884,6 +885,138 @@ def test_every_code_is_in_the_rules() -> None:
 @pytest.mark.parametrize("author", [RITA, STAN, WILL], ids=lambda author: author.principal)
 def test_what_is_known_already_is_no_offence_of_anybody(author: Author) -> None:
     judge(STATE, STATE, author)
+
+
+# -- the short cut -----------------------------------------------------------------------------
+
+
+def all_rules(change: Change, conversation: Conversation, conversation_id: str) -> str | None:
+    """How a change of the node's is refused if all of the rules are gone through, if it is."""
+    try:
+        rules._Check(change, conversation, conversation_id, NODE).run()
+    except Refused as refused:
+        return refused.code
+    except Gap:
+        return "gap"
+    return None
+
+
+def takes_short_cut(state: bytes, update: bytes, conversation_id: str = CONVERSATION) -> bool:
+    conversation = Conversation(99, update=state)
+    change = conversation.apply(update)
+    if not is_growth(change, conversation, conversation_id=conversation_id):
+        return False
+    assert all_rules(change, conversation, conversation_id) is None
+    return True
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_short_cut_around_a_rule(case: Case) -> None:
+    if takes_short_cut(case.state, Raw(case.state).update(case.write)):
+        assert case.code in {None, "stale-epoch", "node-field", "forbidden"}  # as of others
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda r: grow(r, "é!"),
+        lambda r: r[OPEN]["sealed"].append(b"2"),
+        lambda r: (grow(r, "!"), r[OPEN]["sealed"].append(b"2")),
+        lambda r: (grow(r, "!"), grow(r, "🦜")),
+        lambda r: (r[OPEN]["sealed"].append(b"2"), r[OPEN]["sealed"].append(b"3")),
+    ],
+)
+def test_the_next_words_take_the_short_cut(write: Write) -> None:
+    update = Raw(STATE).update(write)
+    assert takes_short_cut(STATE, update)
+    assert not takes_short_cut(STATE, update, conversation_id(Birth("olga", b"m" * 16)))
+
+
+def test_the_first_words_take_it_too() -> None:
+    with_two = merge_updates(STATE, Raw(STATE).update(begin_empty))
+    first = Raw(with_two).update(lambda r: (grow(r, "I", entry=NEW), grow(r, "!")))
+    assert takes_short_cut(with_two, first)
+
+
+def begin_empty(raw: Raw) -> Raw:
+    """A second reply that streams, without a word as yet."""
+    start(raw)
+    put(raw[NEW], content=Text(), sealed=Array())
+    return raw
+
+
+@st.composite
+def touches(draw: st.DrawFn) -> Write:
+    """One thing that somebody does to a text or to its chunks."""
+    entry = draw(st.sampled_from([OPEN, OPEN, OPEN, REPLY, NEW]))
+    at_end = draw(st.integers(0, 7)) > 0
+    words = draw(st.sampled_from(["!", "é", "🦜", "x" * 30]))
+    item = draw(st.sampled_from([b"2", b""] * 3 + ["2", 2]))
+    made = draw(st.sampled_from(["grow"] * 6 + ["chunk"] * 6 + ["bold", "cut", "swap", "embed"]))
+
+    def touch(raw: Raw) -> None:
+        content, sealed = raw[entry]["content"], raw[entry]["sealed"]
+        end = len(content)
+        where = end if at_end else 0
+        match made:
+            case "grow":
+                content.insert(where, words)
+            case "chunk":
+                sealed.insert(len(sealed) if at_end else 0, item)
+            case "bold":
+                content.insert(where, words, {"bold": True})
+            case "cut":
+                drop_at(content, 0, len(str(content)[:1].encode()))
+            case "embed":
+                content.insert_embed(where, {"image": "x"})
+            case "swap" if len(sealed):
+                drop_at(sealed, 0, 1)
+
+    return touch
+
+
+TWO_STREAMS = merge_updates(STATE, Raw(STATE).update(begin_empty))
+MEANWHILE: list[Write] = [
+    lambda r: put(r[OPEN], redacted={"by": "olga", "at": 1}),
+    finish,
+    lambda r: put(r[OPEN], stop="olga"),
+    lambda r: drop(r[OPEN], "state"),
+    lambda r: put(r[OPEN], content=Text("other"), sealed=Array()),
+    lambda r: put(r[OPEN], content="other", sealed=[b"1"]),
+    lambda r: (grow(r, "🦜"), r[OPEN]["sealed"].append(b"3")),
+    lambda r: drop(r.meta, "birth"),
+]
+BESIDES: list[Write] = [
+    lambda r: put(r[OPEN], stop="node"),
+    lambda r: put(r[OPEN], state="done"),
+    finish,
+    lambda r: put(r.meta, head=USER),
+    lambda r: put(r[OPEN], content=Text("anew")),
+    lambda r: put(r[OPEN], redacted={"by": "node", "at": 1}),
+    lambda r: add(r, NEW_2),
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from([None] * 9 + MEANWHILE),
+    st.lists(touches(), min_size=1, max_size=3),
+    st.sampled_from([None] * 9 + BESIDES),
+    st.sampled_from([TEXT_BYTES_MAX, TEXT_BYTES_MAX, 36, 6]),
+)
+def test_the_short_cut_leads_where_all_the_rules_lead(
+    meanwhile: Write | None, written: list[Write], beside: Write | None, longest: int
+) -> None:
+    """Whatever is done to a reply, in a document where others did something meanwhile."""
+    update = Raw(TWO_STREAMS).update(
+        lambda raw: [write(raw) for write in (*written, beside) if write is not None]
+    )
+    state = TWO_STREAMS
+    if meanwhile is not None:
+        state = merge_updates(state, Raw(state, client_id=78).update(meanwhile))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rules, "TEXT_BYTES_MAX", longest)
+        event("short cut" if takes_short_cut(state, update) else "all the rules")
 
 
 # -- honest authors ----------------------------------------------------------------------------
