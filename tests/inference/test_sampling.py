@@ -83,6 +83,28 @@ def test_top_p_leaves_the_smallest_set_of_ranks_that_reaches_it(
     assert before < top_p + 1e-9
 
 
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.01, 1.0, 3.0, 9.0]),
+    st.sampled_from([1e-6, 0.5, 0.95, 0.999999]),
+)
+def test_of_a_large_vocabulary_the_choice_is_that_of_one_sort(
+    seed: int, spread: float, top_p: float
+) -> None:
+    # Large and flat, so that the likeliest ids are not enough, and coarse, so that ties are common.
+    drawn = np.random.default_rng(seed).standard_normal(3000) * spread
+    logits = np.round(drawn, 2).astype(np.float32)
+    params = SamplingParams(1, 0.7, top_p, seed=seed)
+    values = (logits.astype(np.float64) - logits.max()) / 0.7
+    weights = np.exp(values)
+    order = np.argsort(-weights, kind="stable")
+    reached = (weights / weights.sum())[order].cumsum()
+    nucleus = np.sort(order[: int(np.searchsorted(reached, top_p)) + 1])
+    cumulative = weights[nucleus].cumsum()
+    place = np.searchsorted(cumulative, uniform(seed, 5) * cumulative[-1], side="right")
+    assert sample(logits, params, 5)[0] == nucleus[min(int(place), len(nucleus) - 1)]
+
+
 def test_frequencies_follow_the_distribution_over_seeds() -> None:
     logits = np.array([2.0, 1.0, 0.0, 1.0], np.float32)
     shares = probabilities(logits, 0.7)
