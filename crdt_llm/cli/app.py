@@ -48,6 +48,7 @@ LEASE_TTL_S_MAX: Final = 600.0  # so long people wait for a reply whose node was
 DEFAULT_TOLERANCE: Final = 0.01
 
 _ID_CHARACTERS: Final = 22
+_KEY_CHARACTERS: Final = 43  # of a node, likewise in base64url
 _INFERENCE_PACKAGES: Final = frozenset(
     {
         "gguf",
@@ -94,9 +95,9 @@ class Command(TyperCommand):
     """A command that ends every error in one line, and takes ids that begin with a dash."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse; what has the form of a conversation's id is never an option.
+        """Parse; what has the form of a conversation's id, or of a key, is never an option.
 
-        One id in 64 begins with a dash.
+        One in 64 begins with a dash.
         """
         if "--" not in args:
             ids = [word for word in args if _is_dashed_id(word)]
@@ -122,7 +123,7 @@ class Command(TyperCommand):
 def _is_dashed_id(word: str) -> bool:
     return (
         word.startswith("-")
-        and len(word) == _ID_CHARACTERS
+        and len(word) in {_ID_CHARACTERS, _KEY_CHARACTERS}
         and word.replace("-", "").replace("_", "").isalnum()
         and word.isascii()
     )
@@ -639,6 +640,37 @@ def revoke(
 
     _log(verbose=verbose)
     run_revoke(token_id, folder=DataFolder.named(data))
+
+
+@token_app.command("nodes", cls=Command, epilog="Example: crdt-llm token nodes --json")
+def list_nodes(data: _Data = None, json: _Json = False, verbose: _Verbose = False) -> None:
+    """List the keys of nodes, and whose each is: the principal whose token it first came with."""
+    from crdt_llm.cli.folders import DataFolder  # noqa: PLC0415 - see the module's docstring
+    from crdt_llm.cli.token import run_nodes  # noqa: PLC0415 - as above
+
+    _log(verbose=verbose)
+    run_nodes(folder=DataFolder.named(data), json=json)
+
+
+@token_app.command(
+    cls=Command,
+    epilog="Example: crdt-llm token unbind 2fO0iY5bQmS4bq6qO2J8kAqvV2t0T1cZt3xkHn5uQ7E",
+)
+def unbind(
+    key: Annotated[str, typer.Argument(help="As `token nodes` shows it, or how that begins.")],
+    data: _Data = None,
+    verbose: _Verbose = False,
+) -> None:
+    """Let a node's key come with another principal's token from now on.
+
+    For a node that gets a token with another name, or moves to somebody else. It ends no
+    connection: revoke the old token, so that nobody takes the key back with it.
+    """
+    from crdt_llm.cli.folders import DataFolder  # noqa: PLC0415 - see the module's docstring
+    from crdt_llm.cli.token import run_unbind  # noqa: PLC0415 - as above
+
+    _log(verbose=verbose)
+    run_unbind(key, folder=DataFolder.named(data))
 
 
 @token_app.callback()

@@ -1,8 +1,9 @@
 """``crdt-llm token``: give out access, see what was given out, take it back.
 
-This module owns what is asked for and what is printed. It works beside a running relay, which hears
-of a revocation within seconds; what a token says and how it is signed is
-:mod:`crdt_llm.sync.access`'s.
+This module owns what is asked for and what is printed, the keys of nodes among it: a relay binds
+each to the principal whose token it first came with. It works beside a running relay, which hears
+of a revocation within seconds, and of a released key at once; what a token says and how it is
+signed is :mod:`crdt_llm.sync.access`'s.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json as json_format
 import re
 import sys
 import time
+from base64 import urlsafe_b64encode
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -171,6 +173,53 @@ def run_revoke(token_id: str, *, folder: DataFolder) -> None:
                 f"no token {token_id!r} was given out: crdt-llm token list shows their ids"
             )
         authority.revoke(token_id)
+
+
+def run_nodes(*, folder: DataFolder, json: bool) -> None:
+    """Print which node's key is whose, the latest first.
+
+    Raises:
+        StoreFailed: it cannot be read now.
+    """
+    with authority_of(folder) as (_, ledger):
+        nodes = ledger.nodes()
+    if json:
+        facts = [
+            {"key": written(one.key), "principal": one.principal, "since": one.since}
+            for one in nodes
+        ]
+        print(json_format.dumps(facts))  # noqa: T201 - the terminal
+        return
+    for one in nodes:
+        day = time.strftime("since %Y-%m-%d", time.localtime(one.since / 1000))
+        print(f"{written(one.key)}  {day}  {one_line(one.principal, 60)}")  # noqa: T201 - as above
+    if not nodes:
+        print("no node has come yet", file=sys.stderr)  # noqa: T201 - as above
+
+
+def run_unbind(beginning: str, *, folder: DataFolder) -> None:
+    """Let a node's key be that of whoever comes with it next.
+
+    Raises:
+        LocalMisuse: no node came with such a key, or several did.
+        StoreFailed: it could not be noted.
+    """
+    with authority_of(folder) as (authority, ledger):
+        known = {written(one.key): one for one in ledger.nodes()}
+        found = [key for key in known if key.startswith(beginning)] if beginning else []
+        if len(found) > 1:
+            raise LocalMisuse(f"{len(found)} keys begin with {beginning!r}: give more of it")
+        if not found or not authority.release_node(known[found[0]].key):
+            raise LocalMisuse(
+                f"no node came with a key {beginning!r}: crdt-llm token nodes shows them"
+            )
+    principal = one_line(known[found[0]].principal, 60)
+    print(f"{found[0]} is no longer {principal}'s", file=sys.stderr)  # noqa: T201 - the terminal
+
+
+def written(key: bytes) -> str:
+    """A public key as `crdt-llm node` says its own, when it is ready."""
+    return urlsafe_b64encode(key).decode().rstrip("=")
 
 
 def _whom(line: Issued) -> str:

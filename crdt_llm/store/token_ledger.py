@@ -89,6 +89,21 @@ class Issued:
     name: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class BoundNode:
+    """A node's public key, and whose it is.
+
+    Attributes:
+        key: The Ed25519 public key, 32 bytes.
+        principal: Who came with it first.
+        since: When that was, ms since 1970.
+    """
+
+    key: bytes
+    principal: str
+    since: int
+
+
 class TokenLedger:
     """The file. Opened and read in one thread.
 
@@ -202,6 +217,28 @@ class TokenLedger:
         statement = "SELECT principal FROM nodes WHERE key = ?"
         row = self._file.read(lambda file: file.execute(statement, (key,)).fetchone())
         return None if row is None else str(row[0])
+
+    def nodes(self) -> tuple[BoundNode, ...]:
+        """Every node's key that is somebody's, the latest first.
+
+        Raises:
+            StoreFailed: They cannot be read now.
+        """
+        statement = "SELECT key, principal, since FROM nodes ORDER BY since DESC, key"
+        rows = self._file.read(lambda file: file.execute(statement).fetchall())
+        return tuple(BoundNode(*row) for row in rows)
+
+    def release_node(self, key: bytes) -> bool:
+        """Forget, durably, whose a node's public key is.
+
+        Returns:
+            Whether it was anybody's.
+
+        Raises:
+            StoreFailed: That is not noted.
+        """
+        statement = "DELETE FROM nodes WHERE key = ?"
+        return self._file.write(lambda file: file.execute(statement, (key,)).rowcount > 0)
 
     def is_revoked(self, token_id: str) -> bool:
         """Whether a token counts no more, by this process or another.

@@ -296,7 +296,7 @@ class Authority:
         return await self._ledger.aside(issue)
 
     async def admit_node(self, found: Pass, key: bytes) -> None:
-        """Bind a node's public key to the principal that comes with it first, for good.
+        """Bind a node's public key to the principal that comes with it first, until it is released.
 
         A connection only claims its key. So what protects a node's leases from whoever has another
         node's token is that the key came with another principal before.
@@ -315,6 +315,22 @@ class Authority:
             owner = await self._ledger.aside(claim)
         if owner != found.principal:
             raise Forbidden("not-your-node", "this node's key came with another principal before")
+
+    def release_node(self, key: bytes) -> bool:
+        """Let a node's public key be that of whoever comes with it next; it may wait for the disk.
+
+        A connection that came with it goes on. What ends it is :meth:`revoke`, with its token.
+
+        Args:
+            key: The node's public key.
+
+        Returns:
+            Whether it was anybody's.
+
+        Raises:
+            StoreFailed: It could not be noted.
+        """
+        return self._ledger.release_node(key)
 
     def revoke(self, token_id: str) -> None:
         """End a token, on live connections too; it may wait for the disk.

@@ -7,10 +7,10 @@ import pytest
 
 from crdt_llm.cli.app import run
 from crdt_llm.cli.folders import DataFolder
-from crdt_llm.cli.token import authority_of, read_duration, read_scopes
+from crdt_llm.cli.token import authority_of, read_duration, read_scopes, written
 from crdt_llm.document.schema import Grant
-from crdt_llm.errors import LocalMisuse
-from crdt_llm.sync.access import load_or_create_token
+from crdt_llm.errors import Forbidden, LocalMisuse
+from crdt_llm.sync.access import Pass, load_or_create_token
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,6 +68,8 @@ def test_a_token_is_listed_and_taken_back(
         (["issue", "ada", "--conversation", f"{HERE}=king"], 2, "is no scope"),
         (["issue", "ada", "--node", "--conversation", f"{HERE}=reader"], 2, "every conversation"),
         (["revoke", "unknown"], 2, "token list"),
+        (["unbind", "unknown"], 2, "token nodes"),
+        (["unbind", ""], 2, "token nodes"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(
@@ -80,6 +82,37 @@ def test_what_cannot_be_done_is_one_line(
     assert run(["token", *words, "--data", str(folder.path)]) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
+
+
+async def test_a_nodes_key_is_listed_and_let_go(
+    folder: DataFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data", str(folder.path)]
+    keys = (bytes(32), b"\xfb\xff" * 16, b"\xfb\xfe" * 16)  # two begin with a dash
+    old, new = Pass("node-1", "a", node=True), Pass("node-2", "b", node=True)
+    with authority_of(folder) as (relay, _):
+        for key in keys:
+            await relay.admit_node(old, key)
+
+        assert run(["token", "nodes", "--json", *data]) == 0
+        lines = json.loads(capsys.readouterr().out)
+        assert {line["key"] for line in lines} == set(map(written, keys))
+        assert {line["principal"] for line in lines} == {"node-1"}
+        assert run(["token", "nodes", *data]) == 0
+        assert capsys.readouterr().out.count("node-1") == 3
+
+        assert run(["token", "unbind", written(keys[1]), *data]) == 0
+        assert "no longer node-1's" in capsys.readouterr().err
+        with pytest.raises(Forbidden):
+            await relay.admit_node(new, keys[0])
+        await relay.admit_node(new, keys[1])  # as the running relay sees it
+        with pytest.raises(Forbidden):
+            await relay.admit_node(old, keys[1])
+
+        assert run(["token", "unbind", *data, "--", written(keys[1])[:2]]) == 2
+        assert "2 keys begin with" in capsys.readouterr().err
+        assert run(["token", "unbind", written(keys[0])[:8], *data]) == 0
+        assert run(["token", "unbind", written(keys[0])[:8], *data]) == 2
 
 
 def test_a_folder_that_was_never_served_gets_no_keys(

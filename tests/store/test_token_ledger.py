@@ -86,3 +86,21 @@ def test_bytes_that_are_no_database_are_said_to_be_damaged(tmp_path: Path) -> No
 def test_a_folder_that_is_not_there_is_an_error_for_people(tmp_path: Path) -> None:
     with pytest.raises(StoreFailed, match="cannot be opened"):
         TokenLedger.open(tmp_path / "missing" / "tokens.db")
+
+
+def test_a_nodes_key_is_whose_it_was_first_until_it_is_let_go(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.db"
+    relay, command_line = TokenLedger.open(path), TokenLedger.open(path)
+    assert relay.claim_node(b"a" * 32, "node-1", 1) == "node-1"
+    assert relay.claim_node(b"a" * 32, "node-2", 2) == "node-1"
+    assert relay.claim_node(b"b" * 32, "node-2", 3) == "node-2"
+    assert [(one.principal, one.since) for one in command_line.nodes()] == [
+        ("node-2", 3),
+        ("node-1", 1),
+    ]
+    assert command_line.release_node(b"a" * 32)
+    assert not command_line.release_node(b"a" * 32)
+    assert relay.node_owner(b"a" * 32) is None
+    assert relay.claim_node(b"a" * 32, "node-2", 4) == "node-2"
+    relay.close()
+    command_line.close()
