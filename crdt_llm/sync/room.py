@@ -46,7 +46,6 @@ import functools
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -80,6 +79,7 @@ from crdt_llm.errors import (
 )
 from crdt_llm.sync import ledger
 from crdt_llm.sync.awareness import Awareness
+from crdt_llm.sync.growth import read_growth
 from crdt_llm.sync.offload import offload
 from crdt_llm.sync.restoring import Restoring
 from crdt_llm.sync.rights import WRITERS, right_of
@@ -99,7 +99,7 @@ from crdt_llm.sync.verdict import Committed, Denied, Known, Lacking, one_line, r
 from crdt_llm.sync.wire import UPDATE_BYTES_MAX, decode_state_vector, encode_state_vector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from crdt_llm.document.conversation import Change, Conversation
     from crdt_llm.store.log import UpdateLog
@@ -299,6 +299,12 @@ def _look_at(update: bytes, limits: Limits, known: Mapping[int, int], *, node: b
     return _Look(structure, fresh, repeated, missing, missing is None and brings(structure, known))
 
 
+def _glance_at(update: bytes, known: Mapping[int, int]) -> _Look | None:
+    """The same as :func:`_look_at`, of a reply's next words; ``None`` if an update is not that."""
+    structure = read_growth(update, known)
+    return _Look(structure, structure.ends, {}, None, brings=True) if structure else None
+
+
 def _find_rewrite(structure: UpdateStructure, held: bytes) -> Id | None:
     return find_rewrite(structure, read_update(held, HELD_LIMITS))
 
@@ -315,6 +321,44 @@ class _Dirty(Exception):  # noqa: N818 - a signal inside this module
         super().__init__()
         self.verdict = verdict
         self.touched = touched
+
+
+class _Undoing:
+    """Whatever goes wrong inside, the replica is to be taken back; what else may end, ends.
+
+    Args:
+        conversation: Whose replica it is, for the log.
+        change: What was done to it; ``None`` if nobody knows.
+    """
+
+    __slots__ = ("_change", "_conversation")
+
+    def __init__(self, conversation: str, change: Change | None) -> None:
+        self._conversation = conversation
+        self._change = change
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        if error is None or isinstance(error, _PASSING):
+            return
+        touched = self._change.entries if self._change is not None else None
+        match error:
+            case Gap():
+                raise _Dirty(Lacking(str(error)), touched) from error
+            case Refused() | MalformedMessage():
+                raise _Dirty(Denied(error), touched) from error
+            case _:  # the CRDT library panics with one of its own
+                # An update that our checks cannot cope with: it would fail again each time.
+                logger.error("conversation %s: %s", self._conversation, one_line(error))
+                reason = Refused("unreadable", "this cannot be checked")
+                raise _Dirty(Denied(reason), touched) from error
+
+
+_PASSING: Final = (_Dirty, asyncio.CancelledError, KeyboardInterrupt, SystemExit)
 
 
 class Room:
@@ -764,10 +808,13 @@ class Room:
             MalformedMessage: No update.
             Refused: It must not be applied.
         """
-        limits = DOCUMENT_LIMITS if submission.is_large else TRANSACTION_LIMITS
         update, known = submission.update, self._known
-        look_at = functools.partial(_look_at, update, limits, known, node=author.node or is_restore)
-        look = await offload(len(update), look_at)
+        look = _glance_at(update, known)
+        if look is None:
+            limits = DOCUMENT_LIMITS if submission.is_large else TRANSACTION_LIMITS
+            node = author.node or is_restore
+            look_at = functools.partial(_look_at, update, limits, known, node=node)
+            look = await offload(len(update), look_at)
         if not is_restore:
             self._check_clients(look.fresh, author)
         if look.fresh and not is_restore and not self._may_write(author):
@@ -819,22 +866,8 @@ class Room:
             except MalformedMessage as error:
                 raise _Dirty(Denied(error), frozenset()) from error
 
-    @contextmanager
-    def _undoing(self, touched: frozenset[str] | None) -> Iterator[None]:
-        """Whatever goes wrong inside, the replica is to be taken back."""
-        try:
-            yield
-        except Gap as error:
-            raise _Dirty(Lacking(str(error)), touched) from error
-        except (Refused, MalformedMessage) as error:
-            raise _Dirty(Denied(error), touched) from error
-        except (_Dirty, asyncio.CancelledError, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the CRDT library panics with one of its own
-            # An update that our checks cannot cope with: it would fail again each time.
-            logger.error("conversation %s: %s", self.id, one_line(error))  # noqa: TRY400 - one line
-            reason = Refused("unreadable", "this cannot be checked")
-            raise _Dirty(Denied(reason), touched) from error
+    def _undoing(self, change: Change | None) -> _Undoing:
+        return _Undoing(self.id, change)
 
     async def _take_back(self, touched: frozenset[str] | None, accepted: Sequence[bytes]) -> None:
         """I4. Costs what was touched, while there is a spare copy."""
@@ -874,7 +907,7 @@ class Room:
         replica = self._loaded_replica()
         epoch = self.epoch if self._keeps_leases else None
         change = self._merge(submission.update)
-        with self._undoing(change.entries):
+        with self._undoing(change):
             rules.check(change, replica, conversation_id=self.id, author=author, epoch=epoch)
             self._check_leases(change)
             self._restoring.check_confirmed(change)
@@ -888,7 +921,7 @@ class Room:
         replica = self._loaded_replica()
         before = replica.state_vector()
         change = self._merge(submission.update)
-        with self._undoing(change.entries):
+        with self._undoing(change):
             claim = await self._restoring.judge(
                 replica,
                 change,

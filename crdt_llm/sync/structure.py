@@ -170,9 +170,11 @@ Content: TypeAlias = "str | bytes | tuple[Value, ...] | SharedType | Format | Su
 every clock; ``TYPE``, ``FORMAT``, ``DOC`` their class; ``GC``, ``SKIP``, ``DELETED`` None."""
 
 
-@dataclass(frozen=True, slots=True)
-class Struct:
+class Struct(NamedTuple):
     """A run of clocks of one client: ``[clock, clock + length)``.
+
+    A named tuple, as :class:`Id` is: a document is 50,000 of them, and each token of a reply is
+    one.
 
     Attributes:
         kind: What it is.

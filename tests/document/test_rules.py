@@ -805,7 +805,13 @@ CASES = [
         lambda r: (start(r), put(r[NEW], sealed=Array(["1"]))),
         "growth",
     ),
-    Case("N5 one blob in mid-stream", NODE, lambda r: drop_all(r[OPEN]["sealed"]), "growth"),
+    Case("N5 no chunks in mid-stream", NODE, lambda r: drop_all(r[OPEN]["sealed"]), "growth"),
+    Case(
+        "N5 one blob in mid-stream",
+        NODE,
+        lambda r: (drop_all(r[OPEN]["sealed"]), r[OPEN]["sealed"].append(b"2")),
+        "growth",
+    ),
     Case("N5 a request that speaks", NODE, lambda r: put(r[SLOT], content=Text("I")), "growth"),
     Case("N5 too long", NODE, lambda r: grow(r, "x" * TEXT_BYTES_MAX), "too-large"),
     Case(
@@ -916,16 +922,16 @@ def test_no_short_cut_around_a_rule(case: Case) -> None:
         assert case.code in {None, "stale-epoch", "node-field", "forbidden"}  # as of others
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda r: grow(r, "é!"),
-        lambda r: r[OPEN]["sealed"].append(b"2"),
-        lambda r: (grow(r, "!"), r[OPEN]["sealed"].append(b"2")),
-        lambda r: (grow(r, "!"), grow(r, "🦜")),
-        lambda r: (r[OPEN]["sealed"].append(b"2"), r[OPEN]["sealed"].append(b"3")),
-    ],
-)
+NEXT_WORDS: list[Write] = [
+    lambda r: grow(r, "é!"),
+    lambda r: r[OPEN]["sealed"].append(b"2"),
+    lambda r: (grow(r, "!"), r[OPEN]["sealed"].append(b"2")),
+    lambda r: (grow(r, "!"), grow(r, "🦜")),
+    lambda r: (r[OPEN]["sealed"].append(b"2"), r[OPEN]["sealed"].append(b"3")),
+]
+
+
+@pytest.mark.parametrize("write", NEXT_WORDS)
 def test_the_next_words_take_the_short_cut(write: Write) -> None:
     update = Raw(STATE).update(write)
     assert takes_short_cut(STATE, update)
@@ -995,6 +1001,13 @@ BESIDES: list[Write] = [
     lambda r: put(r[OPEN], redacted={"by": "node", "at": 1}),
     lambda r: add(r, NEW_2),
 ]
+
+
+@pytest.mark.parametrize("write", NEXT_WORDS)
+@pytest.mark.parametrize("meanwhile", MEANWHILE)
+def test_the_next_words_of_what_is_another_by_now(meanwhile: Write, write: Write) -> None:
+    update = Raw(TWO_STREAMS).update(write)
+    takes_short_cut(merge_updates(TWO_STREAMS, Raw(TWO_STREAMS, 78).update(meanwhile)), update)
 
 
 @settings(max_examples=200, deadline=None)
