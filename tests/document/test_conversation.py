@@ -259,9 +259,11 @@ def test_what_is_kept_of_a_reply_does_not_outlive_a_change() -> None:
         ({"content": Text("other")}, (State.STREAMING, 5)),
         ({"content": "plain", "state": "done"}, (State.DONE, 5)),
         ({"content": Text("z"), "state": "no state"}, (None, 1)),
+        ({"state": "failed"}, (State.FAILED, 1)),
         (None, (None, 0)),
         ({"born": born, "content": Text("anew")}, (None, 4)),
         ({"state": "stopped", "content": None}, (State.STOPPED, 0)),
+        ({"content": Text("at last")}, (State.STOPPED, 7)),
     ]
     for fields_then, then in steps:
         if fields_then is None:
