@@ -1,18 +1,23 @@
 """What checking costs: the relay's time for a token of a stream, with its checks and without.
 
 A node writes tokens into a room of this process, one update each, and four readers take them as
-frames, as over sockets. Each update is committed to a log on this disk. What counts is the CPU time
-of the event loop's thread: that is what a relay runs out of first. Rounds with and without checks
-take turns in one run, on rooms that are alike, and of each the least disturbed round counts; so the
-ratio holds on any machine, while the times drift.
+frames, as over sockets. Each update is committed to a log on this disk, in a turn of its own. What
+counts is the CPU time of the event loop's thread: that is what a relay runs out of first. Rounds
+with and without checks take turns in one run, on rooms that are alike, and of each the least
+disturbed round counts; so the ratio holds on any machine, while the times drift. The rounds are
+short, a hundredth of a second, so that on a busy machine some of them are not disturbed at all.
 
 Without checks an update is applied as it comes, committed and delivered. With checks its structure
 is read and searched before, its meaning judged after, and its facts are compared with the
-register's. The bar: checks are at most 40 % of the relay's time.
+register's. This is done for two kinds of tokens: a node of this project writes the text and a
+sealed chunk with the ids in one update; a plainer writer would write the text alone, which costs
+less to merge, so that the same checks are more of it. The bar: of either kind checks are at most
+40 % of the relay's time. What a socket adds, and a network, is not in it: it would be less of that.
 
-    python bench/checks.py [--rounds 15] [--tokens 400]
+    python bench/checks.py [--rounds 60] [--tokens 50]
 
-The last line is the result as JSON; the exit code is 0 only within the bar.
+The last line is the result as JSON, the kind of which the checks are more; the exit code is 0 only
+within the bar.
 """
 
 from __future__ import annotations
@@ -61,6 +66,7 @@ if TYPE_CHECKING:
 
 READERS: Final = 4
 WARM_TOKENS: Final = 50
+SEALED_BYTES: Final = 158  # of a chunk with one id
 BAR: Final = 0.40
 OWNER: Final = "owner"
 EMPTY_UPDATE: Final = b"\x00\x00"
@@ -89,11 +95,12 @@ class Stream:
 
     replica: Conversation
     slot: str
+    is_sealed: bool
     node: Membership
     readers: list[RemotePeer]
 
     @classmethod
-    async def open(cls, hub: Hub, key: SigningKey, room: type[Room]) -> Stream:
+    async def open(cls, hub: Hub, key: SigningKey, room: type[Room], *, is_sealed: bool) -> Stream:
         """Make a conversation with a slot, and begin its reply."""
         vars(hub_module)["Room"] = room
         birth = Birth(OWNER, secrets.token_bytes(NONCE_BYTES))
@@ -123,7 +130,7 @@ class Stream:
             await reader.receive(encode(SyncStep1(replica.state_vector())))
             await reader.receive(encode(SyncStep2(EMPTY_UPDATE)))
             readers.append(reader)
-        stream = cls(replica, slot, node, readers)
+        stream = cls(replica, slot, is_sealed, node, readers)
         await asyncio.sleep(0.05)  # the readers' own turns
         await stream.run(WARM_TOKENS)
         return stream
@@ -134,6 +141,8 @@ class Stream:
         for _ in range(tokens):
             with self.replica.writing() as writer:
                 writer.append_text(self.slot, "abcd")
+                if self.is_sealed:
+                    writer.append_sealed(self.slot, secrets.token_bytes(SEALED_BYTES))
             updates.append(_written(writer))
         delivered = 0
         start = time.thread_time()
@@ -158,46 +167,51 @@ def _client_id() -> int:
     return secrets.randbelow(2**32 - 1) + 1
 
 
-async def measure(folder: Path, rounds: int, tokens: int) -> dict[str, float]:
-    """Run the rounds; the best rounds in us and what of it are the checks."""
+async def measure(folder: Path, rounds: int, tokens: int) -> dict[str, dict[str, float]]:
+    """Run the rounds; by kind of token the best rounds in us and what of it are the checks."""
     key = SigningKey(secrets.token_bytes(32))
     log = await SqliteLog.open(folder / "log.db")
     register = await SqliteRegister.open(folder / "register.db")
     hub = Hub(log, register=register, relay_key=key.public)
-    checked = await Stream.open(hub, key, Room)
-    unchecked = await Stream.open(hub, key, UncheckedRoom)
-    vars(hub_module)["Room"] = Room
-    on, off = [], []
-    for _ in range(rounds):
-        on.append(await checked.run(tokens))
-        off.append(await unchecked.run(tokens))
+    found = {}
+    for kind, is_sealed in (("text and sealed ids", True), ("text alone", False)):
+        checked = await Stream.open(hub, key, Room, is_sealed=is_sealed)
+        unchecked = await Stream.open(hub, key, UncheckedRoom, is_sealed=is_sealed)
+        vars(hub_module)["Room"] = Room
+        on, off = [], []
+        for _ in range(rounds):
+            on.append(await checked.run(tokens))
+            off.append(await unchecked.run(tokens))
+        with_checks, without = min(on), min(off)
+        found[kind] = {
+            "with_checks_us": round(with_checks, 1),
+            "without_us": round(without, 1),
+            "checks_us": round(with_checks - without, 1),
+            "share": round(1 - without / with_checks, 3),
+        }
     await hub.close()
     await log.close()
     await register.close()
-    with_checks, without = min(on), min(off)
-    return {
-        "with_checks_us": round(with_checks, 1),
-        "without_us": round(without, 1),
-        "checks_us": round(with_checks - without, 1),
-        "share": round(1 - without / with_checks, 3),
-    }
+    return found
 
 
 def main() -> int:
     """Measure, print, and say whether it is within the bar."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--tokens", type=int, default=50)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = asyncio.run(measure(Path(folder), arguments.rounds, arguments.tokens))
-    print(f"{'a token, four readers':<28}{'us of the event loop':>22}")
-    print(f"{'with checks':<28}{found['with_checks_us']:>22}")
-    print(f"{'without':<28}{found['without_us']:>22}")
-    print(f"{'the checks':<28}{found['checks_us']:>22}  = {found['share']:.0%} of it")
-    print(f"{'the bar':<28}{'':>22}    {BAR:.0%}")
-    print(json.dumps({"bench": "checks", "readers": READERS, "bar": BAR, **found}))
-    return 0 if found["share"] <= BAR else 1
+    print(f"{'us of the loop a token,':<24}{'with':>9}{'without':>9}{'checks':>9}")
+    for kind, one in found.items():
+        spent = f"{one['with_checks_us']:>9}{one['without_us']:>9}{one['checks_us']:>9}"
+        print(f"{kind:<24}{spent}  = {one['share']:.0%}")
+    print(f"{'the bar':<51}    {BAR:.0%}")
+    worst = max(found, key=lambda kind: found[kind]["share"])
+    result = {"bench": "checks", "readers": READERS, "bar": BAR, "kind": worst, **found[worst]}
+    print(json.dumps(result))
+    return 0 if found[worst]["share"] <= BAR else 1
 
 
 if __name__ == "__main__":
