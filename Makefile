@@ -71,6 +71,8 @@ bench: install
 	$(BIN)/python bench/chat.py --plots bench/plots
 	$(BIN)/python bench/chat.py --short --without transformers --plots bench/plots
 	$(BIN)/python bench/many.py
+	$(BIN)/python bench/tree.py
+	$(BIN)/python bench/disk.py --plots bench/plots
 	$(BIN)/python bench/relay.py
 	$(BIN)/python bench/checks.py
 

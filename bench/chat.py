@@ -166,6 +166,7 @@ async def chat(
                     f" prefilled {turn.prefilled:5,} of {turn.prompt:5,}",
                     flush=True,
                 )
+                await asyncio.sleep(peer.rest_s)
     return had, skipped
 
 

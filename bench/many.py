@@ -5,12 +5,15 @@ and answers a little; then all eight are asked at the same moment, and stream 64
 rate is all tokens by the time from the first token of any to the last token of all; the gap is the
 longest pause between two parts of any stream, against the median pause.
 
+The bars, for each context length: the total rate is at least that of the best other peer, and the
+longest pause at most 4 times the median one.
+
 The limit: eight rows share one reading of the weights, so the total rate can be eight times that of
 one conversation only while reading the weights is what takes the time.
 
     python bench/many.py [--conversations 8] [--contexts 128 1024] [--without vllm …]
 
-The last line is the result as JSON.
+The last line is the result as JSON; ``must`` holds the bars.
 """
 
 from __future__ import annotations
@@ -28,24 +31,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chat import OURS
-from ours import CrdtLlm, conversations, serving
+from ours import TOKENS_OF_WORDS, WORDS, CrdtLlm, conversations, serving
 from peer import TURN_S_MAX, Skipped
 from theirs import llama_cpp, vllm
+from verdicts import Verdict, rounded, show
 
 from crdt_llm.inference.models import DEFAULT_MODEL, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ours import Server
     from peer import Peer
+    from theirs import Chats
 
 TOKENS = 64
 WARM_TOKENS = 4
 ROUNDS = 3  # of which the best counts: a neighbour only ever makes it worse
-WORDS = (
-    "The river rises in the hills, passes two towns and a mill, and meets the sea behind the dunes."
-)
-TOKENS_OF_WORDS = 21  # with the default model's tokenizer
+RATE_BAR, GAP_BAR = 1.0, 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,58 +80,86 @@ async def _at_once(peers: Sequence[Peer], text: str) -> Row:
     return Row(len(turns) * TOKENS / took_s, statistics.median(gaps), max(gaps))
 
 
-async def _teams(
+async def _servers(
     stack: AsyncExitStack, options: argparse.Namespace, model: Path, folder: Path
-) -> list[list[Peer]]:
-    """So many conversations with each peer that can be had here."""
-    count = options.conversations
-    url, token = await stack.enter_async_context(serving(folder, model))
-    ours = await stack.enter_async_context(conversations(url, token, folder, count))
-    teams: list[list[Peer]] = [[CrdtLlm(one, OURS) for one in ours]]
-    for name, server in {
-        "llama.cpp": llama_cpp(folder, count),
-        "vllm": vllm(folder, model, count),
+) -> tuple[Server, list[Chats], dict[str, str]]:
+    """Ours, those of others that can be had here, and why not the rest."""
+    server = await stack.enter_async_context(serving(folder, model))
+    others: list[Chats] = []
+    skipped: dict[str, str] = {}
+    for name, other in {
+        "llama.cpp": llama_cpp(folder, options.conversations),
+        "vllm": vllm(folder, model),
     }.items():
         if name in options.without:
+            skipped[name] = "as asked"
             continue
         try:
-            teams.append(await stack.enter_async_context(server))
+            others.append(await stack.enter_async_context(other))
         except Skipped as why:
-            print(f"{name} is skipped: {why}")
-    return teams
+            skipped[name] = str(why)
+    for name, reason in skipped.items():
+        print(f"{name} is skipped: {reason}")
+    return server, others, skipped
 
 
-async def run(options: argparse.Namespace, model: Path, folder: Path) -> dict[str, dict[str, Row]]:
-    """Every peer at every context length.
+async def _rounds(teams: Sequence[Sequence[Peer]], context: int) -> dict[str, Row]:
+    """Every team reads a text of that length in each conversation, and answers some rounds."""
+    text = f"A text of {context} tokens. " + " ".join([WORDS] * max(1, context // TOKENS_OF_WORDS))
+    for team in teams:
+        for peer in team:
+            await peer.turn(text, WARM_TOKENS)
+    rows: dict[str, Row] = {}
+    for number in range(ROUNDS):
+        for team in teams if number % 2 == 0 else reversed(teams):
+            name = team[0].name
+            row = await _at_once(team, f"Round {number}: what comes next, and why?")
+            if name not in rows or row.tokens_per_s > rows[name].tokens_per_s:
+                rows[name] = row
+            await asyncio.sleep(team[0].rest_s)
+    return rows
+
+
+async def run(
+    options: argparse.Namespace, model: Path, folder: Path
+) -> tuple[dict[str, dict[str, Row]], dict[str, str]]:
+    """Every peer at every context length, in new conversations for each.
 
     Returns:
-        By context length, then by peer.
+        The rows by context length, then by peer; and why others were skipped.
     """
     found: dict[str, dict[str, Row]] = {}
-    for context in options.contexts:
-        rows = found[str(context)] = {}
-        async with AsyncExitStack() as stack:
-            here = folder / str(context)
-            here.mkdir()
-            teams = await _teams(stack, options, model, here)
-            text = " ".join([WORDS] * max(1, context // TOKENS_OF_WORDS))
-            for team in teams:
-                for peer in team:
-                    await peer.turn(text, WARM_TOKENS)
-            for number in range(ROUNDS):
-                for team in teams if number % 2 == 0 else reversed(teams):
-                    row = await _at_once(team, f"Round {number}: what comes next, and why?")
-                    name = team[0].name
-                    if name not in rows or row.tokens_per_s > rows[name].tokens_per_s:
-                        rows[name] = row
-        for name, row in rows.items():
-            print(
-                f"context {context:5} {name:20} {row.tokens_per_s:7.1f} tokens/s in all,"
-                f" pause {row.gap_median_ms:6.1f} ms, longest {row.gap_longest_ms:7.1f} ms"
-                f" ({row.gap_ratio:.1f} x)",
-                flush=True,
-            )
-    return found
+    count = options.conversations
+    async with AsyncExitStack() as stack:
+        server, others, skipped = await _servers(stack, options, model, folder)
+        for context in options.contexts:
+            async with conversations(server, folder / f"client-{context}", count) as made:
+                ours: list[Peer] = [CrdtLlm(one, OURS) for one in made]
+                rows = await _rounds([ours, *(chats(count) for chats in others)], context)
+            found[str(context)] = rows
+            for name, row in rows.items():
+                print(
+                    f"context {context:5} {name:20} {row.tokens_per_s:7.1f} tokens/s in all,"
+                    f" pause {row.gap_median_ms:6.1f} ms, longest {row.gap_longest_ms:7.1f} ms"
+                    f" ({row.gap_ratio:.1f} x)",
+                    flush=True,
+                )
+    return found, skipped
+
+
+def verdicts(found: dict[str, dict[str, Row]]) -> list[Verdict]:
+    """The bars at each context length; the pauses of the others are shown in the rows alone."""
+    must = []
+    for context, rows in found.items():
+        mine = rows[OURS]
+        others = [row.tokens_per_s for name, row in rows.items() if name != OURS]
+        if others:
+            part = mine.tokens_per_s / max(others)
+            what = f"tokens/s at context {context} by the best peer's"
+            must.append(Verdict(OURS, what, part, RATE_BAR, at_most=False))
+        what = f"longest pause at context {context} by the median one"
+        must.append(Verdict(OURS, what, mine.gap_ratio, GAP_BAR))
+    return must
 
 
 def main() -> int:
@@ -141,15 +172,9 @@ def main() -> int:
     options = parser.parse_args()
     model = resolve(options.model, fetch=True, report=lambda line: print(line, file=sys.stderr))
     with tempfile.TemporaryDirectory(prefix="crdt-llm-many-") as folder:
-        found = asyncio.run(run(options, model, Path(folder)))
-    ratios = {
-        context: {
-            name: rows[OURS].tokens_per_s / row.tokens_per_s
-            for name, row in rows.items()
-            if name != OURS
-        }
-        for context, rows in found.items()
-    }
+        found, skipped = asyncio.run(run(options, model, Path(folder)))
+    must = verdicts(found)
+    show(must)
     result = {
         "bench": "many",
         "conversations": options.conversations,
@@ -159,9 +184,10 @@ def main() -> int:
             }
             for context, rows in found.items()
         },
-        "ratios": ratios,
+        "must": [one.plain() for one in must],
+        "skipped": skipped,
     }
-    print(json.dumps(result))
+    print(json.dumps(rounded(result)))
     return 0
 
 

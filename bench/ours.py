@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from crdt_llm.sync.client import OpenConversation, Reply
 
 TYPING_S = 0.15  # between two words: 80 words a minute and a half, faster than most people type
+WORDS = (
+    "The river rises in the hills, passes two towns and a mill, and meets the sea behind the dunes."
+)
+TOKENS_OF_WORDS = 21  # with the default model's tokenizer
+WORDS_OF_ENTRY = 10  # of an entry that makes a conversation longer
 HELP_S_MAX = 60  # of a program that prints how it is used
 WASTED = "crdt_llm_node_drafts_wasted_tokens_total"
 
@@ -63,6 +68,8 @@ class CrdtLlm:
         typing: The server, if the text is typed word by word, with hints of the draft on the way;
             nobody else may type there, since the server counts what was read in vain for all.
     """
+
+    rest_s = 0.0
 
     def __init__(
         self, conversation: OpenConversation, name: str, *, typing: Server | None = None
@@ -115,6 +122,14 @@ async def whole(reply: Reply, watch: Stopwatch, tokens: int) -> Usage:
     if entry.usage is None or entry.usage.sampled != tokens:
         raise SystemExit(f"a reply ended as {entry.state} with {entry.usage}")
     return entry.usage
+
+
+async def fill(conversation: OpenConversation, tokens: int) -> None:
+    """Make a conversation longer by about so many tokens, with entries that ask for no reply."""
+    words = max(1, tokens // TOKENS_OF_WORDS)
+    for first in range(0, words, WORDS_OF_ENTRY):
+        count = min(WORDS_OF_ENTRY, words - first)
+        await conversation.send(" ".join([WORDS] * count))
 
 
 def weight_formats() -> tuple[str, ...]:

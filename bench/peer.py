@@ -68,6 +68,10 @@ class Peer(Protocol):
     def name(self) -> str:
         """What the table calls it, with its weight format."""
 
+    @property
+    def rest_s(self) -> float:
+        """How long to leave it alone behind a turn, until it lets go of the cores."""
+
     async def turn(self, text: str, tokens: int) -> Turn:
         """Say something, and take the whole of a reply of so many tokens."""
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tokenizers import Tokenizer
 
+from crdt_llm.inference.llama import WEIGHT_FORMATS, Llama
 from crdt_llm.inference.models import DEFAULT_MODEL, resolve
 from crdt_llm.inference.torch_engine import TorchEngine
 
@@ -131,7 +132,10 @@ def measure(folder: Path, tokens: int) -> dict[str, Quality]:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     reference = of_transformers(folder, torch.float32)
     candidates = {
-        "engine (int8)": of_engine(TorchEngine(folder, 1 << 28)),
+        **{
+            f"engine ({weights})": of_engine(TorchEngine(Llama(folder, weights), 1 << 28))
+            for weights in WEIGHT_FORMATS
+        },
         "transformers bf16": of_transformers(folder, torch.bfloat16),
     }
     found = {name: Quality() for name in candidates}
