@@ -64,6 +64,11 @@ class Desk:
         """Ask for a look."""
         self._dirty.set()
 
+    def notice(self) -> None:
+        """Something was committed, perhaps by this node: with a seat it comes here by itself."""
+        if self._sitting is None:
+            self.wake()
+
     async def run(self) -> None:
         """Sit at the conversation until cancelled; take the seat anew whenever it is lost.
 

@@ -112,20 +112,30 @@ class Node:
         self.problem = None
 
     def notice(self, conversation: str) -> None:
-        """Something changed in a conversation: have a look at it, soon."""
-        if self._closed:
-            return
+        """Something was committed in a conversation: have a look at it, soon.
+
+        Where this node has a seat it hears of that there, and its own commits are no news to it.
+        """
+        if not self._closed:
+            self._desk(conversation).notice()
+
+    def _wake(self, conversation: str) -> None:
+        """Have a look at a conversation, soon."""
+        if not self._closed:
+            self._desk(conversation).wake()
+
+    def _desk(self, conversation: str) -> Desk:
         seated = self._desks.pop(conversation, None)
         if seated is None or seated[1].done():
             self._make_room()
             desk = Desk(self, conversation)
             seated = (desk, asyncio.create_task(desk.run(), name=f"desk {conversation}"))
         self._desks[conversation] = seated  # last in order: used last
-        seated[0].wake()
+        return seated[0]
 
     async def visit(self, conversation: str) -> None:
         """Look at a conversation, and return when there is nothing to do there but to wait."""
-        self.notice(conversation)
+        self._wake(conversation)
         desk, _ = self._desks[conversation]
         await desk.settled.wait()
 
@@ -217,7 +227,7 @@ class Node:
             # What was read may just have been sent: it stays until that must have arrived.
             loop = asyncio.get_running_loop()
             loop.call_later(LINGER_S, self._drop_draft, conversation, source)
-        self.notice(conversation)
+        self._wake(conversation)
 
     def _drop_draft(self, conversation: str, source: Hashable) -> None:
         drafts = self._drafts.get(conversation)
@@ -225,7 +235,7 @@ class Node:
             return
         drafts.drop(source, if_ended=True)
         if drafts.drops:
-            self.notice(conversation)
+            self._wake(conversation)
 
     def drafts(self, conversation: str) -> Drafts:
         """What is being typed in a conversation; the least recently used one is dropped."""

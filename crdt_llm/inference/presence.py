@@ -1,8 +1,8 @@
 """What the node shows of itself in a conversation: what it is doing, and how much it has read.
 
-This module owns the form of that state and its pace: at most four times a second, and again before
-others would take the node for gone. It is never stored and promises nothing. It must not know what
-carries it.
+This module owns the form of that state and its pace: what it is doing is shown at most four times a
+second, mere numbers once a second, and all of it again before others would take the node for gone.
+It is never stored and promises nothing. It must not know what carries it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SHOW_INTERVAL_S: Final = 0.25  # between two states: as often as anybody reads a number
+SHOW_INTERVAL_S: Final = 0.25  # between two states: as often as anybody reads a word
+COUNT_INTERVAL_S: Final = 1.0  # between two that differ in numbers alone, as those of a reply do
 RENEW_S: Final = 15.0  # others take who was silent for 30 s for gone (y-protocols/awareness)
 
 
@@ -45,6 +46,11 @@ class NodeState:
     warm: int = 0
     tokens: int = 0
     queue: int = 0
+
+    def does_as(self, other: NodeState) -> bool:
+        """Whether only the numbers of tokens may differ."""
+        mine = (self.model, self.doing, self.queue)
+        return mine == (other.model, other.doing, other.queue)
 
     def plain(self) -> dict[str, Any]:
         """The form in which it is shown."""
@@ -90,14 +96,15 @@ class Presence:
         self._clock = 0
         self._shown: NodeState | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._may_show_at = 0.0  # by the loop's clock
+        self._shown_at = 0.0  # by the loop's clock
+        self._may_look_at = 0.0
 
     def changed(self) -> None:
         """Something may be different: show it soon."""
         if self._seat is None:
             return
         now = asyncio.get_running_loop().time()
-        self._call_at(max(now, self._may_show_at))
+        self._call_at(max(now, self._may_look_at))
 
     def close(self) -> None:
         """Show nothing more."""
@@ -118,8 +125,14 @@ class Presence:
         if self._seat is None or state is None:
             return
         now = loop.time()
-        if state != self._shown or now >= self._may_show_at - SHOW_INTERVAL_S + RENEW_S:
+        self._may_look_at = now + SHOW_INTERVAL_S
+        again_at = self._shown_at + RENEW_S
+        if state != self._shown:
+            counts = self._shown is not None and state.does_as(self._shown)
+            again_at = self._shown_at + COUNT_INTERVAL_S if counts else now
+        if now >= again_at:
             self._clock += 1
-            self._shown, self._may_show_at = state, now + SHOW_INTERVAL_S
+            self._shown, self._shown_at = state, now
             self._seat.show(self._client, self._clock, state.plain())
-        self._call_at(self._may_show_at - SHOW_INTERVAL_S + RENEW_S)
+            again_at = now + RENEW_S
+        self._call_at(again_at)

@@ -61,11 +61,12 @@ class EngineProcess:
         self._reader = asyncio.create_task(self._read(), name="engine reports")
 
     @classmethod
-    async def start(
+    async def start(  # noqa: PLR0913 - the options of a program
         cls,
         model: Path,
         *,
         threads: int | None = None,
+        weights: str | None = None,
         kv_memory_bytes: int | None = None,
         kv_folder: Path | None = None,
         kv_disk_bytes: int | None = None,
@@ -75,6 +76,7 @@ class EngineProcess:
         Args:
             model: the model's folder.
             threads: of a computation; torch's own choice by default.
+            weights: how they are held, ``int8`` or ``bf16``; the engine's default if None.
             kv_memory_bytes: the most memory that KV may take; the engine's default if None.
             kv_folder: where KV is written that leaves memory, or that should outlive the process;
                 it belongs to this engine alone. None writes nothing.
@@ -87,6 +89,7 @@ class EngineProcess:
         arguments = [str(model)]
         for name, value in (
             ("--threads", threads),
+            ("--weights", weights),
             ("--kv-memory-bytes", kv_memory_bytes),
             ("--kv-folder", kv_folder),
             ("--kv-disk-bytes", kv_disk_bytes),
@@ -215,7 +218,8 @@ class EngineProcess:
             self._process.stdin.write(frame)
 
     async def _next(self, answers: asyncio.Queue[_Answer | EngineDied]) -> _Answer:
-        answer = await answers.get()
+        # Several come together: who has one at hand need not be waited for.
+        answer = answers.get_nowait() if answers.qsize() else await answers.get()
         if isinstance(answer, EngineDied):
             raise self._death()
         if isinstance(answer, pipe.Failed):

@@ -291,6 +291,8 @@ class TextStream:
         return self._emit(self._decoder.decode(b"", final=True), final=True)
 
     def _emit(self, fresh: str, *, final: bool) -> str:
+        if not self._stop:
+            return fresh
         # Invariant: `_held` is the longest end of the text so far with which a stop string begins,
         # so a stop string that becomes complete lies within `_held + fresh`.
         text = self._held + fresh

@@ -12,7 +12,14 @@ from local_room import LocalRoom, LocalSeat, make_node
 from crdt_llm.inference import node as nodes
 from crdt_llm.inference import presence
 from crdt_llm.inference.engine import Capabilities, Finished, Prefilled, Queued, Sampled
-from crdt_llm.inference.presence import RENEW_S, SHOW_INTERVAL_S, Doing, NodeState, Presence
+from crdt_llm.inference.presence import (
+    COUNT_INTERVAL_S,
+    RENEW_S,
+    SHOW_INTERVAL_S,
+    Doing,
+    NodeState,
+    Presence,
+)
 from crdt_llm.inference.process import EngineProcess
 
 if TYPE_CHECKING:
@@ -51,7 +58,7 @@ class SteppedLoop(asyncio.SelectorEventLoop):
             self.run_until_complete(asyncio.sleep(0))
 
 
-def test_it_shows_what_changed_at_most_four_times_a_second_and_the_last_state_always() -> None:
+def test_numbers_are_shown_once_a_second_and_the_last_ones_always() -> None:
     loop = SteppedLoop()
     window, read = Window(loop), [0]
 
@@ -63,12 +70,35 @@ def test_it_shows_what_changed_at_most_four_times_a_second_and_the_last_state_al
         read[0] = tokens
         loop.run_until_complete(change())
         loop.wait(0.02)
-    loop.wait(SHOW_INTERVAL_S)
+    loop.wait(COUNT_INTERVAL_S)
     times = [at for at, *_ in window.shown]
-    assert len(times) <= 2 / SHOW_INTERVAL_S + 2
-    assert all(b - a >= SHOW_INTERVAL_S - 1e-6 for a, b in pairwise(times))
+    assert 3 <= len(times) <= 4
+    assert all(b - a >= COUNT_INTERVAL_S - 1e-6 for a, b in pairwise(times))
     assert window.shown[-1][3] == NodeState("m", Doing.GENERATING, 100, 100).plain()
     assert [clock for _, _, clock, _ in window.shown] == list(range(1, len(times) + 1))
+    one.close()
+    loop.close()
+
+
+def test_what_it_is_doing_is_shown_at_most_four_times_a_second() -> None:
+    loop = SteppedLoop()
+    window, looks = Window(loop), [0]
+
+    def look() -> NodeState:
+        looks[0] += 1
+        return NodeState("m", (Doing.PREFILLING, Doing.GENERATING)[looks[0] % 2])
+
+    async def change() -> None:
+        one.changed()
+
+    one = Presence(window, 7, look)
+    for _ in range(100):
+        loop.run_until_complete(change())
+        loop.wait(0.02)
+    times = [at for at, *_ in window.shown]
+    assert 2 / SHOW_INTERVAL_S - 1 <= len(times) <= 2 / SHOW_INTERVAL_S + 1
+    assert all(b - a >= SHOW_INTERVAL_S - 1e-6 for a, b in pairwise(times))
+    assert looks[0] == len(times)  # whoever is not shown is not looked at either
     one.close()
     loop.close()
 
@@ -118,6 +148,7 @@ async def test_people_see_what_the_node_is_doing_and_how_much_it_has_read(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(presence, "SHOW_INTERVAL_S", 0.0)
+    monkeypatch.setattr(presence, "COUNT_INTERVAL_S", 0.0)
     room = SeenRoom(1)
     node = make_node(room, tiny_model_dir, lambda: EngineProcess.start(tiny_model_dir, threads=1))
     await node.start()
@@ -184,6 +215,7 @@ async def test_a_reply_that_waits_for_the_engine_shows_its_place(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(presence, "SHOW_INTERVAL_S", 0.0)
+    monkeypatch.setattr(presence, "COUNT_INTERVAL_S", 0.0)
     told = (Queued(2), Queued(0), Prefilled(1, 0, 1), Sampled(5, -0.5), Queued(1), Sampled(6, -0.5))
     engine, room = CrowdedEngine(*told, Finished("length")), SeenRoom(1)
 
@@ -215,6 +247,7 @@ async def test_a_reply_that_the_node_has_no_room_for_shows_its_place(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(presence, "SHOW_INTERVAL_S", 0.0)
+    monkeypatch.setattr(presence, "COUNT_INTERVAL_S", 0.0)
     monkeypatch.setattr(nodes, "REPLIES_MAX", 0)
     engine, room = CrowdedEngine(Prefilled(1, 0, 1), Finished("length")), SeenRoom(1)
 
@@ -229,7 +262,7 @@ async def test_a_reply_that_the_node_has_no_room_for_shows_its_place(
         room.ask("hello")
         await room.until(lambda: seen(room) == ("queued", 2))
         assert node.stand_in_line("another conversation", waits=False) == 0
-        node.notice(room.id)
+        await node.visit(room.id)
         await room.until(lambda: seen(room) == ("queued", 1))
     finally:
         await node.close()
