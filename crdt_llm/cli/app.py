@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from crdt_llm.cli.engine_options import EngineOptions, WeightFormat
 from crdt_llm.cli.printable import one_line
 from crdt_llm.errors import CrdtLlmError, LocalMisuse
 
@@ -176,6 +177,10 @@ _Verbose = Annotated[
 ]
 
 
+_Weights = Annotated[
+    WeightFormat,
+    typer.Option(help="How the model's weights are held: bf16 as published, int8 in half of that."),
+]
 _KvMemory = Annotated[
     int | None,
     typer.Option(
@@ -197,6 +202,7 @@ def serve(
     model: _Model = DEFAULT_MODEL,
     no_node: Annotated[bool, typer.Option("--no-node", help="Relay only: no replies.")] = False,
     kv_memory: _KvMemory = None,
+    weights: _Weights = WeightFormat.INT8,
     lease_ttl: Annotated[
         float, typer.Option(min=LEASE_TTL_S_MIN, max=LEASE_TTL_S_MAX, hidden=True)
     ] = LEASE_TTL_S,
@@ -215,7 +221,7 @@ def serve(
         data=data,
         model=model,
         node=not no_node,
-        kv_memory_mib=kv_memory,
+        engine=EngineOptions.chosen(kv_memory, weights),
         lease_ttl_s=lease_ttl,
         verbose=verbose,
     )
@@ -259,6 +265,7 @@ def node(
         ),
     ] = None,
     kv_memory: _KvMemory = None,
+    weights: _Weights = WeightFormat.INT8,
     verbose: _Verbose = False,
 ) -> None:
     """Run an inference node for a relay that is elsewhere.
@@ -274,7 +281,7 @@ def node(
         data=data,
         model=model,
         key=key,
-        kv_memory_mib=kv_memory,
+        engine=EngineOptions.chosen(kv_memory, weights),
         master_key=master_key,
         verbose=verbose,
     )

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from crdt_llm.cli.engine_options import DEFAULTS
 from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.document.seal import Sealer
 from crdt_llm.errors import ConnectionLost, LeaseLost, Refused
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
     from pathlib import Path
 
+    from crdt_llm.cli.engine_options import EngineOptions
     from crdt_llm.cli.folders import DataFolder
     from crdt_llm.errors import CrdtLlmError
     from crdt_llm.inference.engine import Engine
@@ -179,7 +181,7 @@ def make_node(
     model_dir: Path,
     office: LeaseOffice,
     *,
-    kv_memory_bytes: int | None = None,
+    engine: EngineOptions = DEFAULTS,
 ) -> Node:
     """A node that sits in the hub's rooms.
 
@@ -188,7 +190,7 @@ def make_node(
         hub: the rooms.
         model_dir: the model's folder.
         office: where leases are had.
-        kv_memory_bytes: the most memory that KV may take; the engine's default if None.
+        engine: what was chosen of it.
 
     Raises:
         ModelUnusable: the model's tokenizer or template cannot be used.
@@ -200,7 +202,10 @@ def make_node(
 
     async def start_engine() -> Engine:
         return await EngineProcess.start(
-            model_dir, kv_memory_bytes=kv_memory_bytes, kv_folder=folder.kv
+            model_dir,
+            weights=engine.weights,
+            kv_memory_bytes=engine.kv_memory_bytes,
+            kv_folder=folder.kv,
         )
 
     seats = EmbeddedSeats(hub, node_key.public, office)

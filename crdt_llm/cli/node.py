@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
+    from crdt_llm.cli.engine_options import EngineOptions
     from crdt_llm.inference.engine import Engine
     from crdt_llm.sync.node_link import NodeSeat
 
@@ -321,7 +322,7 @@ def run_node(  # noqa: PLR0913 - the options of a command
     model: str,
     key: Path | None,
     master_key: Path | None,
-    kv_memory_mib: int | None,
+    engine: EngineOptions,
     verbose: bool,
 ) -> None:
     """The command.
@@ -346,11 +347,13 @@ def run_node(  # noqa: PLR0913 - the options of a command
             read_master_key(folder.master if master_key is None else master_key),
         )
         model_dir = resolve(model, fetch=True, report=_line)
-        kv_memory_bytes = None if kv_memory_mib is None else kv_memory_mib << 20
 
         async def start_engine() -> Engine:
             return await EngineProcess.start(
-                model_dir, kv_memory_bytes=kv_memory_bytes, kv_folder=folder.kv
+                model_dir,
+                weights=engine.weights,
+                kv_memory_bytes=engine.kv_memory_bytes,
+                kv_folder=folder.kv,
             )
 
         asyncio.run(_run(address, token_file, folder, secrets, model_dir, start_engine))

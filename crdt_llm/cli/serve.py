@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from filelock import FileLock, Timeout
 
+from crdt_llm.cli.engine_options import DEFAULTS
 from crdt_llm.cli.folders import DataFolder
 from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.errors import Corrupt, DataFolderBusy, ModelUnusable
@@ -38,6 +39,7 @@ from crdt_llm.sync.static_page import StaticPage
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from crdt_llm.cli.engine_options import EngineOptions
     from crdt_llm.inference.node import Node
 
 
@@ -141,7 +143,7 @@ async def serve(  # noqa: PLR0913 - what an operator may choose
     host: str,
     port: int,
     model_dir: Path | None,
-    kv_memory_bytes: int | None = None,
+    engine: EngineOptions = DEFAULTS,
     lease_ttl_s: float = TTL_S,
 ) -> None:
     """Serve until a signal asks for the end.
@@ -151,7 +153,7 @@ async def serve(  # noqa: PLR0913 - what an operator may choose
         host: the address to bind.
         port: the port; 0 takes a free one.
         model_dir: the model's folder, or ``None`` for a relay without a node.
-        kv_memory_bytes: the most memory that KV may take; the engine's default if None.
+        engine: what was chosen of it.
         lease_ttl_s: how long a node's lease goes on that it does not renew.
 
     Raises:
@@ -192,7 +194,7 @@ async def serve(  # noqa: PLR0913 - what an operator may choose
                     show_figures,
                 )
 
-                node = make_node(folder, hub, model_dir, office, kv_memory_bytes=kv_memory_bytes)
+                node = make_node(folder, hub, model_dir, office, engine=engine)
         relay = Relay(
             hub,
             authenticate=authority.authenticate,
@@ -246,7 +248,7 @@ def run_serve(  # noqa: PLR0913 - the options of a command
     data: Path | None,
     model: str,
     node: bool,
-    kv_memory_mib: int | None,
+    engine: EngineOptions,
     lease_ttl_s: float,
     verbose: bool,
 ) -> None:
@@ -265,14 +267,13 @@ def run_serve(  # noqa: PLR0913 - the options of a command
     lock = lock_folder(folder)
     try:
         model_dir = _model_folder(model) if node else None
-        kv_memory_bytes = None if kv_memory_mib is None else kv_memory_mib << 20
         asyncio.run(
             serve(
                 folder,
                 host=host,
                 port=port,
                 model_dir=model_dir,
-                kv_memory_bytes=kv_memory_bytes,
+                engine=engine,
                 lease_ttl_s=lease_ttl_s,
             )
         )

@@ -27,7 +27,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("crdt_llm.inference")
 
-FLUSH_WINDOW_S: Final = 0.05  # of text and ids per update: as often as a reader can notice
+FLUSH_WINDOW_S: Final = 0.08
+"""Of text and ids per update: twelve a second look like a flow. Each costs the relay, the disk and
+every reader some milliseconds, on the cores that the engine computes with."""
+
+FLUSHES_PER_S_MAX: Final = 60
+"""Of all replies of a node: with more of them at once each has longer windows."""
+
+
+def window_s(replies: int) -> float:
+    """How long text and ids are collected for one update.
+
+    Args:
+        replies: how many the node makes at once.
+    """
+    return max(FLUSH_WINDOW_S, replies / FLUSHES_PER_S_MAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +63,7 @@ class Generation:
         identity: what it is sealed and signed with.
         clock_ms: wall time.
         placed: called when its place in the engine's queue is another one.
+        replies: how many the node makes at once, now.
 
     Attributes:
         place: how many replies the engine takes up before this one; ``None`` while it is at work.
@@ -62,10 +77,12 @@ class Generation:
         identity: Identity,
         clock_ms: Callable[[], int],
         placed: Callable[[], None] = lambda: None,
+        replies: Callable[[], int] = lambda: 1,
     ) -> None:
         self.reply = reply
         self.place: int | None = None
         self._placed = placed
+        self._replies = replies
         self.task: asyncio.Task[None] | None = None
         self._work = work
         self._segments = segments
@@ -148,4 +165,4 @@ class Generation:
                     lambda writer: self.reply.flush(writer, self._identity)
                 )
         loop = asyncio.get_running_loop()
-        self._window = loop.call_later(FLUSH_WINDOW_S, self._flush)
+        self._window = loop.call_later(window_s(self._replies()), self._flush)

@@ -155,6 +155,11 @@ class Node:
         """How many more replies may be started now."""
         return max(0, REPLIES_MAX - self._running)
 
+    @property
+    def running(self) -> int:
+        """How many replies run."""
+        return self._running
+
     def occupy(self, change: int) -> None:
         """So many more (or fewer) replies run; whoever waited for room has a look."""
         waited = self.capacity == 0

@@ -299,7 +299,7 @@ def _decode(body: bytes) -> object:
 def _to_plain(value: Any) -> Any:
     names = _FIELDS.get(type(value))
     if names is not None:
-        return [type(value).__name__, *(_to_plain(getattr(value, name)) for name in names)]
+        return [type(value).__name__, *[_to_plain(getattr(value, name)) for name in names]]
     return sorted(value) if isinstance(value, frozenset) else value
 
 
@@ -307,5 +307,7 @@ def _from_plain(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     if value and isinstance(value[0], str):
-        return _KINDS[value[0]](*(_from_plain(part) for part in value[1:]))
+        # Most parts of most messages are numbers: a call for each costs more than all the rest.
+        parts = [_from_plain(part) if isinstance(part, list) else part for part in value[1:]]
+        return _KINDS[value[0]](*parts)
     return frozenset(value)

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-WEIGHT_FORMAT = "int8"
-
 LEVEL_MAX = 127
 """Of a weight; symmetric, so that no weight needs a zero point."""
 

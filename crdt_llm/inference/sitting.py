@@ -102,6 +102,11 @@ class Shared(Reader, Protocol):
         """How many more replies may be started now."""
         ...
 
+    @property
+    def running(self) -> int:
+        """How many replies run."""
+        ...
+
     def occupy(self, change: int) -> None:
         """So many more (or fewer) replies run."""
         ...
@@ -486,7 +491,15 @@ class Sitting:
         shared = self._shared
         segments = self.work.transcript.segments(reading)
         clock_ms, placed = shared.surroundings.clock_ms, self._presence.changed
-        return Generation(self.work, reply, segments, shared.identity, clock_ms, placed)
+        return Generation(
+            self.work,
+            reply,
+            segments,
+            shared.identity,
+            clock_ms,
+            placed,
+            lambda: shared.running,
+        )
 
     def _positions(self) -> int:
         engine = self._shared.engine
@@ -503,6 +516,8 @@ class Sitting:
         self._shared.occupy(1)  # before anyone else gets to run: the last place is taken once
         await self._ahead.stop()
         generation.task = asyncio.create_task(self._run(generation), name=f"reply {slot}")
+        # Behind the task's first step, with which the engine has its command: while it computes.
+        asyncio.get_running_loop().call_soon(self.work.conversation.hold_seal)
 
     async def _run(self, generation: Generation) -> None:
         """Run a reply; what became of it is looked at by :meth:`act`."""

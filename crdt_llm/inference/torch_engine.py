@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from crdt_llm.errors import EngineBusy, LocalMisuse, PromptTooLong
-from crdt_llm.inference.attention import WIDE_BLOCK, Chunk
+from crdt_llm.inference.attention import WIDE_BLOCK
 from crdt_llm.inference.checkpoint import DISK_BYTES, Checkpoints, Rows
 from crdt_llm.inference.engine import (
     BIT_EXACT,
@@ -33,8 +33,7 @@ from crdt_llm.inference.engine import (
     Scored,
 )
 from crdt_llm.inference.kv import TILE, KvTree, common_prefix
-from crdt_llm.inference.llama import Llama
-from crdt_llm.inference.quantised import WEIGHT_FORMAT
+from crdt_llm.inference.pool import Chunk
 from crdt_llm.inference.sampling import logprob, sample
 from crdt_llm.inference.schedule import Request, Schedule
 
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from crdt_llm.errors import CrdtLlmError
     from crdt_llm.inference.engine import FinishReason, SamplingParams
     from crdt_llm.inference.kv import Extent, Path, Tile
+    from crdt_llm.inference.llama import Llama
     from crdt_llm.inference.schedule import Kind, Step
 
     Event = Queued | Prefilled | Sampled | Finished | KvDigest | Scored | CrdtLlmError
@@ -111,25 +111,25 @@ class TorchEngine:
     """Runs requests over one model.
 
     Args:
-        folder: the model.
+        model: what computes.
         kv_memory_bytes: the most memory that KV may take.
         kv_folder: where KV is written that leaves memory; None writes nothing.
         kv_disk_bytes: the most that this folder may take.
         clock: seconds, monotonic: tells whether it is faster to read KV or to compute it again.
 
     Raises:
-        ModelUnusable: the model cannot be used, and why.
+        ModelUnusable: the KV memory is too small for this model.
     """
 
     def __init__(
         self,
-        folder: FilePath,
+        model: Llama,
         kv_memory_bytes: int = KV_MEMORY_BYTES,
         kv_folder: FilePath | None = None,
         kv_disk_bytes: int = DISK_BYTES,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._model = Llama(folder)
+        self._model = model
         self._clock = clock
         self._kv_memory_bytes = kv_memory_bytes
         kv = None
@@ -145,7 +145,7 @@ class TorchEngine:
             exactness=BIT_EXACT,
             positions=min(shape.positions, room),
             vocabulary=shape.vocabulary,
-            weight_format=WEIGHT_FORMAT,
+            weight_format=self._model.weight_format,
         )
 
     def _begin(self, checkpoints: Checkpoints | None) -> None:

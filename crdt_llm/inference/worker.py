@@ -165,7 +165,7 @@ def _load(options: argparse.Namespace) -> TorchEngine:
     try:
         import torch  # noqa: PLC0415 - the pipe is watched before the long imports begin
 
-        from crdt_llm.inference import torch_engine  # noqa: PLC0415 - as above
+        from crdt_llm.inference import llama, torch_engine  # noqa: PLC0415 - as above
     except ModuleNotFoundError as error:
         message = f"{error.name} is not installed: install crdt-llm[inference]"
         raise ModelUnusable(message) from error
@@ -176,7 +176,8 @@ def _load(options: argparse.Namespace) -> TorchEngine:
         for name in ("kv_memory_bytes", "kv_folder", "kv_disk_bytes")
         if (value := getattr(options, name)) is not None
     }
-    return torch_engine.TorchEngine(options.model, **budgets)
+    model = llama.Llama(options.model, options.weights or llama.WEIGHT_FORMATS[0])
+    return torch_engine.TorchEngine(model, **budgets)
 
 
 def _take(command: pipe.Command, engine: TorchEngine, reports: Reports) -> None:
@@ -263,6 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="crdt_llm.inference.worker")
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--weights")
     parser.add_argument("--kv-memory-bytes", type=int)
     parser.add_argument("--kv-folder", type=Path)
     parser.add_argument("--kv-disk-bytes", type=int)

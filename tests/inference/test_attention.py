@@ -12,13 +12,12 @@ from crdt_llm.errors import LocalMisuse
 from crdt_llm.inference import attention
 from crdt_llm.inference.attention import (
     WIDE_BLOCK,
-    Chunk,
-    KvPool,
     TiledAttention,
     small_block,
     wide_blocks_agree,
 )
 from crdt_llm.inference.kv import TILE
+from crdt_llm.inference.pool import Chunk, KvPool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -39,9 +39,11 @@ from crdt_llm.inference.engine import (
     SamplingParams,
 )
 from crdt_llm.inference.kv import TILE
-from crdt_llm.inference.llama import fingerprint, read_config, read_rope, read_shape
+from crdt_llm.inference.llama import Llama, fingerprint, read_config, read_rope, read_shape
+from crdt_llm.inference.native_step import NativeStep
 from crdt_llm.inference.schedule import REPLIES_MAX
 from crdt_llm.inference.torch_engine import REQUESTS_MAX, TorchEngine
+from crdt_llm.inference.weights import BF16, INT8
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -62,15 +64,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_model_dir: Path) -> TorchEngine:
-    return TorchEngine(tiny_model_dir, KV_BYTES)
+STEPS = {"native": (INT8, True), "native-bf16": (BF16, True), "torch": (INT8, False)}
+"""Every arithmetic that there is."""
 
 
-def with_slots(engine: TorchEngine, folder: Path, slots: int) -> TorchEngine:
+@pytest.fixture(scope="module", params=STEPS)
+def engine(request: pytest.FixtureRequest, tiny_model_dir: Path) -> TorchEngine:
+    weight_format, native = STEPS[request.param]
+    return TorchEngine(Llama(tiny_model_dir, weight_format, native=native), KV_BYTES)
+
+
+def with_slots(engine: TorchEngine, slots: int) -> TorchEngine:
     """An engine whose KV memory holds so many tiles and a half of the model of ``engine``."""
     slot_bytes = KV_BYTES // engine._pool.count
-    return TorchEngine(folder, slots * slot_bytes + slot_bytes // 2)
+    return TorchEngine(engine._model, slots * slot_bytes + slot_bytes // 2)
 
 
 @pytest.fixture
@@ -156,10 +163,8 @@ def test_the_number_of_threads_leaves_no_trace(
     assert threaded[1:] == reply(empty, TEXT[:300], params)[1:]
 
 
-def test_evicted_kv_comes_back_the_same(
-    engine: TorchEngine, whole: dict[int, KvDigest], tiny_model_dir: Path
-) -> None:
-    small = with_slots(engine, tiny_model_dir, 4)
+def test_evicted_kv_comes_back_the_same(engine: TorchEngine, whole: dict[int, KvDigest]) -> None:
+    small = with_slots(engine, 4)
     assert digest(small, TEXT[:700]) == whole[700]
     for seed in range(2, 8):
         warm(small, text_of(seed, 400))
@@ -220,7 +225,7 @@ def test_other_shapes_of_heads_are_exact_too(
     tiny_model_dir: Path, tmp_path: Path, heads: tuple[int, int, int]
 ) -> None:
     folder = reshaped_model(tiny_model_dir, tmp_path / "model", heads)
-    other = TorchEngine(folder, KV_BYTES)
+    other = TorchEngine(Llama(folder), KV_BYTES)
     expected = digest(other, TEXT[:300])
     for threads in (1, 3):  # with three the matrix library splits what one head asks for
         torch.set_num_threads(threads)
@@ -424,10 +429,8 @@ def test_replies_beyond_the_limit_wait_in_their_order_and_hear_of_it(empty: Torc
     assert places == sorted(places, reverse=True)
 
 
-def test_without_room_replies_take_turns_and_lose_nothing(
-    engine: TorchEngine, tiny_model_dir: Path
-) -> None:
-    small = with_slots(engine, tiny_model_dir, 3)
+def test_without_room_replies_take_turns_and_lose_nothing(engine: TorchEngine) -> None:
+    small = with_slots(engine, 3)
     run = Run(small)
     asks = {
         1: (TEXT[:200], SamplingParams(300, 0.8, seed=1, ignore_eos=True)),
@@ -444,10 +447,8 @@ def test_without_room_replies_take_turns_and_lose_nothing(
     assert warm(small, text_of(3, 500)).prefilled <= 500
 
 
-def test_what_is_computed_ahead_gives_way_to_a_reply(
-    engine: TorchEngine, tiny_model_dir: Path
-) -> None:
-    small = with_slots(engine, tiny_model_dir, 3)
+def test_what_is_computed_ahead_gives_way_to_a_reply(engine: TorchEngine) -> None:
+    small = with_slots(engine, 3)
     run = Run(small)
     small.warm(1, TEXT[:500])
     for _ in range(6):
@@ -459,10 +460,8 @@ def test_what_is_computed_ahead_gives_way_to_a_reply(
     assert digest(small, TEXT[:500]) == digest(fresh(engine), TEXT[:500])
 
 
-def test_a_path_that_the_memory_could_never_hold_is_too_long(
-    engine: TorchEngine, tiny_model_dir: Path
-) -> None:
-    small = with_slots(engine, tiny_model_dir, 3)
+def test_a_path_that_the_memory_could_never_hold_is_too_long(engine: TorchEngine) -> None:
+    small = with_slots(engine, 3)
     room = small.capabilities.positions
     assert room == 2 * TILE
     with pytest.raises(PromptTooLong, match=f"has {room + 1} tokens and this engine room for"):
@@ -484,7 +483,7 @@ def test_capabilities_say_what_the_model_is(engine: TorchEngine) -> None:
     assert capabilities.exactness == BIT_EXACT
     assert capabilities.positions == POSITIONS
     assert capabilities.vocabulary == 320
-    assert capabilities.weight_format == "int8"
+    assert capabilities.weight_format == engine._model.weight_format
     assert len(capabilities.fingerprint) == 32
 
 
@@ -492,10 +491,22 @@ def test_the_fingerprint_follows_the_weights(
     engine: TorchEngine, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(tiny_model_dir, tmp_path / "copy")
-    assert TorchEngine(copy, KV_BYTES).capabilities == engine.capabilities
+    like = engine._model.weight_format, isinstance(engine._model._step, NativeStep)
+
+    def found() -> str:
+        return Llama(copy, like[0], native=like[1]).fingerprint
+
+    assert found() == engine.capabilities.fingerprint
     change_config(copy, rms_norm_eps=2e-5)
-    changed = TorchEngine(copy, KV_BYTES).capabilities.fingerprint
-    assert changed != engine.capabilities.fingerprint
+    assert found() != engine.capabilities.fingerprint
+
+
+def test_each_arithmetic_has_a_fingerprint_of_its_own(tiny_model_dir: Path) -> None:
+    found = {
+        Llama(tiny_model_dir, weight_format, native=native).fingerprint
+        for weight_format, native in STEPS.values()
+    }
+    assert len(found) == len(STEPS)
 
 
 @pytest.mark.parametrize("library", ["torch", "numpy"])
@@ -503,10 +514,10 @@ def test_the_fingerprint_follows_the_libraries_that_compute(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:
     config = read_config(tiny_model_dir)
-    before = fingerprint(tiny_model_dir, config)
-    assert fingerprint(tiny_model_dir, config) == before
+    before = fingerprint(tiny_model_dir, config, INT8, "torch")
+    assert fingerprint(tiny_model_dir, config, INT8, "torch") == before
     monkeypatch.setattr(f"{library}.__version__", "0.0.0")
-    assert fingerprint(tiny_model_dir, config) != before
+    assert fingerprint(tiny_model_dir, config, INT8, "torch") != before
 
 
 def reference_logits(folder: Path, ids: Sequence[int]) -> torch.Tensor:
@@ -593,7 +604,7 @@ def test_every_supported_rotation_is_that_of_transformers(
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     change_config(folder, rope_parameters=rope)
     ids = TEXT[:400]
-    logits = all_logits(TorchEngine(folder, KV_BYTES), ids)
+    logits = all_logits(TorchEngine(Llama(folder), KV_BYTES), ids)
     assert divergence(reference_logits(folder, ids), logits) < 0.01
     change_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
     assert divergence(reference_logits(folder, ids), logits) > 0.03
@@ -617,7 +628,7 @@ def test_relatives_of_llama_run_as_in_transformers(
                 weight.normal_(1.0, 0.3)  # transformers begins with zeros and ones
     model.save_pretrained(tmp_path / "model")
     ids = TEXT[:300]
-    relative = TorchEngine(tmp_path / "model", KV_BYTES)
+    relative = TorchEngine(Llama(tmp_path / "model"), KV_BYTES)
     reference = reference_logits(tmp_path / "model", ids)
     assert divergence(reference, all_logits(relative, ids)) < 0.01
     expected = digest(relative, ids)
@@ -686,7 +697,7 @@ def test_a_model_that_would_be_computed_wrongly_is_refused(
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     change_config(folder, **change)
     with pytest.raises(ModelUnusable, match=reason) as caught:
-        TorchEngine(folder, KV_BYTES)
+        TorchEngine(Llama(folder), KV_BYTES)
     assert "\n" not in str(caught.value)
 
 
@@ -709,7 +720,7 @@ def test_a_damaged_model_folder_is_refused_in_one_line(
     else:
         (folder / "config.json").write_text("{")
     with pytest.raises(ModelUnusable) as caught:
-        TorchEngine(folder, KV_BYTES)
+        TorchEngine(Llama(folder), KV_BYTES)
     assert "\n" not in str(caught.value)
 
 
@@ -718,7 +729,7 @@ REAL_TEXT = text_of(9, 330)
 
 @pytest.fixture(scope="module")
 def real_engine(real_model_dir: Path) -> TorchEngine:
-    return TorchEngine(real_model_dir, 1 << 28)
+    return TorchEngine(Llama(real_model_dir), 1 << 28)
 
 
 def real_fresh(engine: TorchEngine) -> TorchEngine:
@@ -782,8 +793,10 @@ def test_sharded_weights_are_one_model(tiny_model_dir: Path, tmp_path: Path) -> 
         save_file({name: tensors[name] for name in part}, folder / file)
     index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    sharded = TorchEngine(folder, KV_BYTES)
-    assert digest(sharded, TEXT[:50]) == digest(TorchEngine(tiny_model_dir, KV_BYTES), TEXT[:50])
+    sharded = TorchEngine(Llama(folder), KV_BYTES)
+    assert digest(sharded, TEXT[:50]) == digest(
+        TorchEngine(Llama(tiny_model_dir), KV_BYTES), TEXT[:50]
+    )
 
 
 def test_the_embedding_is_the_head_only_where_the_configuration_says_so(
@@ -793,16 +806,16 @@ def test_the_embedding_is_the_head_only_where_the_configuration_says_so(
 
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     change_config(folder, tie_word_embeddings=True)
-    tied = digest(TorchEngine(folder, KV_BYTES), TEXT[:50])
+    tied = digest(TorchEngine(Llama(folder), KV_BYTES), TEXT[:50])
     tensors = load_file(folder / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, folder / "model.safetensors")
-    assert digest(TorchEngine(folder, KV_BYTES), TEXT[:50]) == tied
+    assert digest(TorchEngine(Llama(folder), KV_BYTES), TEXT[:50]) == tied
     change_config(folder, tie_word_embeddings=False)
     with pytest.raises(ModelUnusable, match=r"no weight lm_head\.weight"):
-        TorchEngine(folder, KV_BYTES)
+        TorchEngine(Llama(folder), KV_BYTES)
 
 
 def test_a_kv_memory_without_room_is_refused(tiny_model_dir: Path) -> None:
     with pytest.raises(ModelUnusable, match="too small"):
-        TorchEngine(tiny_model_dir, 1000)
+        TorchEngine(Llama(tiny_model_dir), 1000)

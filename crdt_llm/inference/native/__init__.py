@@ -1,0 +1,142 @@
+"""The native kernels: C++ beside this file, built for this CPU when they are first needed.
+
+Owns finding a compiler, building, and the folder of what was built. What the kernels compute stands
+in ``step.cpp`` and the headers that it names; how they are called in
+:mod:`~crdt_llm.inference.native_step`.
+
+A build takes some seconds, once for each version of the sources, compiler and CPU. Code is loaded
+only from a folder that nobody else can write to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Final
+
+import platformdirs
+
+from crdt_llm.inference.cpu import cpu_features
+
+_SOURCES: Final = Path(__file__).parent
+_FEATURES: Final = frozenset(
+    {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"}
+)
+_COMPILERS: Final = ("g++", "clang++", "c++")
+_FLAGS: Final = (
+    *("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-pthread"),
+    "-ffp-contract=off",  # a product and a sum are fused where the source says so, and nowhere else
+    "-Wno-ignored-attributes",  # vector types as template arguments, which is harmless
+)
+_BUILD_S_MAX: Final = 300.0
+"""A build takes 3 to 30 s of one core; after so long the compiler hangs."""
+
+_MESSAGE_CHARACTERS_MAX: Final = 300
+"""Of what a compiler said: its first error."""
+
+
+class KernelsUnavailable(Exception):  # noqa: N818 - it says what the kernels are
+    """The kernels cannot be used here; the message says why. The torch step serves instead."""
+
+
+class Library:
+    """The kernels, loaded.
+
+    Args:
+        code: the shared library.
+        build: a digest over everything that decides about its instructions.
+    """
+
+    def __init__(self, code: ctypes.CDLL, build: str) -> None:
+        self.code = code
+        self.build = build
+
+
+@functools.cache
+def library(folder: Path | None = None) -> Library:
+    """The kernels, built if need be.
+
+    Args:
+        folder: where builds are kept; one of this user's by default.
+
+    Raises:
+        KernelsUnavailable: this CPU lacks instructions, or there is no compiler, or it failed.
+    """
+    missing = _FEATURES.difference(cpu_features().split())
+    if missing:
+        raise KernelsUnavailable(f"this CPU has no {min(missing)}")
+    compiler = _compiler()
+    build = _build_digest(compiler)
+    try:
+        kept = _own_folder(folder or platformdirs.user_cache_path("crdt-llm") / "kernels")
+        file = kept / f"{build}.so"
+        if not file.exists():
+            _compile(compiler, file)
+        if not _only_mine(file):
+            raise KernelsUnavailable(f"others can write to {file}: remove it")
+        return Library(ctypes.CDLL(str(file)), build)
+    except OSError as error:
+        raise KernelsUnavailable(f"the built kernels cannot be kept or loaded: {error}") from error
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX")
+    for name in (named,) if named else _COMPILERS:
+        found = shutil.which(name)
+        if found:
+            return found
+    wanted = named or f"none of {', '.join(_COMPILERS)}"
+    raise KernelsUnavailable(f"there is no C++ compiler ({wanted} is not installed)")
+
+
+def _build_digest(compiler: str) -> str:
+    said = subprocess.run(  # noqa: S603 - the compiler that the user has or names
+        [compiler, "--version"], capture_output=True, check=False, timeout=_BUILD_S_MAX
+    )
+    state = hashlib.sha256()
+    sources = [file.read_bytes() for file in sorted(_SOURCES.glob("*.[ch]pp"))]
+    for part in (said.stdout, " ".join(_FLAGS).encode(), cpu_features().encode(), *sources):
+        state.update(len(part).to_bytes(8, "little") + part)
+    return state.hexdigest()[:32]
+
+
+def _own_folder(folder: Path) -> Path:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _only_mine(folder):
+        raise KernelsUnavailable(f"others can write to {folder}: make it yours, mode 0700")
+    return folder
+
+
+def _only_mine(path: Path) -> bool:
+    state = path.stat()
+    return state.st_uid == os.getuid() and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _compile(compiler: str, file: Path) -> None:
+    """Build into a temporary file and rename it: several processes may be at it."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        made = Path(scratch) / file.name
+        try:
+            done = subprocess.run(  # noqa: S603 - as above
+                [compiler, *_FLAGS, "-o", str(made), str(_SOURCES / "step.cpp")],
+                capture_output=True,
+                check=False,
+                text=True,
+                errors="replace",
+                timeout=_BUILD_S_MAX,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise KernelsUnavailable(f"{compiler} did not end in {_BUILD_S_MAX:.0f} s") from error
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            said = (errors or done.stderr.splitlines() or ["no reason given"])[0]
+            raise KernelsUnavailable(f"{compiler} failed: {said[:_MESSAGE_CHARACTERS_MAX]}")
+        made.chmod(0o700)
+        made.replace(file)

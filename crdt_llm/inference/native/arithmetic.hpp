@@ -1,0 +1,155 @@
+// Vectors of 16 float32: loads, an exponential, and what turns a row into the operand of a product.
+//
+// Everything here treats each element, or each row, alike, in one order of operations that does not
+// depend on what stands beside it. The compiler must not fuse a product with a sum where it likes
+// (-ffp-contract=off): where two are fused it says so.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#define INLINE __attribute__((always_inline))  // of a lambda
+
+namespace crdt_llm {
+
+// `body(0)` to `body(N - 1)`, written out before anything else is decided: only then do compilers keep
+// an array of registers in registers.
+template <int N, typename Body>
+[[gnu::always_inline]] inline void unrolled(Body&& body) {
+  [&]<int... n>(std::integer_sequence<int, n...>) INLINE { (body(n), ...); }
+  (std::make_integer_sequence<int, N>{});
+}
+
+constexpr int LANES = 16;  // float32 in a register
+
+using Bf16 = uint16_t;  // the upper half of a float32
+
+inline int ceil_div(int count, int size) { return (count + size - 1) / size; }
+inline int round_up(int count, int size) { return ceil_div(count, size) * size; }
+
+// Of the first `count` lanes.
+inline __mmask16 first_lanes(int count) {
+  return count >= LANES ? __mmask16(0xffff) : __mmask16((1u << std::max(count, 0)) - 1u);
+}
+
+inline __m512 widen(__m256i bf16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
+}
+
+// 4 bytes, 16 times.
+inline __m512i repeated(const void* four_bytes) {
+  int32_t value;
+  std::memcpy(&value, four_bytes, sizeof value);
+  return _mm512_set1_epi32(value);
+}
+
+// `sum += products` of unsigned with signed bytes, four by four, and of bf16, two by two. Written as
+// instructions: given the intrinsics, GCC copies each sum to and fro (half of the speed).
+inline void add_int8(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+}
+
+inline void add_bf16(__m512& sum, __m512i ones, __m512i others) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(ones), "v"(others));
+}
+
+inline __m256i narrow(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
+
+// exp(x) for x <= 88, to about one unit in the last place; 0 for -inf and whatever underflows.
+// Range reduction by Cody and Waite; the polynomial is the Taylor series on |r| <= ln(2) / 2, whose
+// first omitted term is below half a unit.
+inline __m512 exponential(__m512 x) {
+  const __m512 tiny = _mm512_set1_ps(-87.0f);
+  const __mmask16 vanishes = _mm512_cmp_ps_mask(x, tiny, _CMP_LT_OQ);
+  x = _mm512_max_ps(x, tiny);
+  const __m512 twos = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)),
+                                           _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(twos, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(twos, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 sum = _mm512_set1_ps(1.0f / 5040);
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 720));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 120));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 24));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 6));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.5f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
+  return _mm512_mask_mov_ps(_mm512_scalef_ps(sum, twos), vanishes, _mm512_setzero_ps());
+}
+
+// x / (1 + exp(-x)).
+inline __m512 silu(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 negative = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(88.0f));
+  return _mm512_div_ps(x, _mm512_add_ps(one, exponential(negative)));
+}
+
+// One over the root of the mean square (RMS norm, Zhang and Sennrich, 2019).
+inline float inverse_norm(const float* row, int width, float epsilon) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int at = 0; at < width; at += LANES) {
+    const __m512 x = _mm512_maskz_loadu_ps(first_lanes(width - at), row + at);
+    squares = _mm512_fmadd_ps(x, x, squares);
+  }
+  const float mean = _mm512_reduce_add_ps(squares) / float(width);
+  return 1.0f / __builtin_sqrtf(mean + epsilon);
+}
+
+// -- operands ------------------------------------------------------------------------------------
+//
+// A row of float32 becomes what the product of a weight format takes: for int8 two planes of 8 bits,
+// `row = (high * 256 + low) * scale`, each value stored as an unsigned byte above 128; for bf16 its
+// values rounded to bf16.
+
+constexpr int PLANE = 256;
+constexpr int ZERO = 128;
+constexpr float STEPS_MAX = 127.0f * PLANE;  // of the largest value; half a high step more still fits
+constexpr float PEAK_MIN = 1e-30f;           // a row of zeros is divided by something
+
+enum class Format : int { INT8 = 0, BF16 = 1 };
+
+// Bytes of an operand row; a multiple of a register, so that no read goes beyond it.
+inline int operand_bytes(Format format, int width) {
+  return format == Format::INT8 ? 2 * round_up(width, 64) : 2 * round_up(width, 32);
+}
+
+// Turn `row * gain * factor` into an operand. `gain` may be null. For int8 the factor joins the
+// scale, since rounding by the largest value does not see it.
+inline void make_operand(Format format, const float* row, const float* gain, float factor, int width,
+                         uint8_t* operand, float* scale) {
+  auto value = [&](int at) {
+    const __mmask16 lanes = first_lanes(width - at);
+    const __m512 x = _mm512_maskz_loadu_ps(lanes, row + at);
+    return gain ? _mm512_mul_ps(x, _mm512_maskz_loadu_ps(lanes, gain + at)) : x;
+  };
+  if (format == Format::BF16) {
+    const __m512 times = _mm512_set1_ps(factor);
+    for (int at = 0; at < round_up(width, 32); at += LANES) {
+      _mm256_storeu_si256((__m256i*)(operand + 2 * at), narrow(_mm512_mul_ps(value(at), times)));
+    }
+    *scale = 1.0f;
+    return;
+  }
+  __m512 peaks = _mm512_setzero_ps();
+  for (int at = 0; at < width; at += LANES) peaks = _mm512_max_ps(peaks, _mm512_abs_ps(value(at)));
+  const float peak = std::max(_mm512_reduce_max_ps(peaks), PEAK_MIN);
+  const __m512 steps = _mm512_set1_ps(STEPS_MAX / peak);
+  const __m512i zeros = _mm512_set1_epi32(ZERO * PLANE + ZERO);
+  const int padded = round_up(width, 64);
+  uint8_t* low = operand;
+  uint8_t* high = operand + padded;
+  for (int at = 0; at < padded; at += LANES) {
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(value(at), steps));
+    const __m512i marked = _mm512_add_epi32(whole, zeros);
+    _mm_storeu_si128((__m128i*)(low + at), _mm512_cvtepi32_epi8(marked));
+    _mm_storeu_si128((__m128i*)(high + at), _mm512_cvtepi32_epi8(_mm512_srli_epi32(marked, 8)));
+  }
+  *scale = factor * peak * (1.0f / STEPS_MAX);
+}
+
+}  // namespace crdt_llm

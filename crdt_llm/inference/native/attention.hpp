@@ -1,0 +1,235 @@
+// Attention of query rows over tiles of keys and values in bf16.
+//
+// A tile is TILE positions of one KV head, row by row, as the pool keeps it. Before it is used it is
+// brought into pairs: keys as (pair of dimensions, position), values as (pair of positions,
+// dimension), so that a register holds 16 products of a pair and no sum runs across a register.
+//
+// What a query row finds in a tile is the largest score, the sum of exponentials and the sum of
+// values weighted by them; tiles are put together in the order of positions (Flash-Decoding, Dao et
+// al., 2023). For each row this is one sequence of operations, however many rows are computed
+// together, whichever thread has which tile, and wherever a prompt was cut.
+#pragma once
+
+#include <limits>
+
+#include "memory.hpp"
+
+namespace crdt_llm {
+
+constexpr int TILE = 256;
+constexpr int QUERIES_MAX = 6;    // query rows computed together
+constexpr int BLOCKS_MAX = 4;     // registers of keys, or of dimensions, beside them
+
+// A tile in pairs.
+struct Pairs {
+  Buffer<int32_t> keys;    // (blocks of 16 positions, pairs of dimensions, 16)
+  Buffer<int32_t> values;  // (pairs of positions, dimensions)
+  int head_dim;
+
+  explicit Pairs(int head_dim)
+      : keys(allocate<int32_t>(size_t(TILE) * head_dim / 2)),
+        values(allocate<int32_t>(size_t(TILE) * head_dim / 2)),
+        head_dim(head_dim) {}
+
+  int32_t* keys_at(int block, int pair) const {
+    return keys.get() + (size_t(block) * (head_dim / 2) + pair) * LANES;
+  }
+  int32_t* values_at(int pair, int dimension) const {
+    return values.get() + size_t(pair) * head_dim + dimension;
+  }
+};
+
+// What rows found so far: of each query row its largest score, its sum, its values.
+struct Found {
+  float* peak;    // (queries)
+  float* sum;     // (queries)
+  float* values;  // (queries, head_dim)
+};
+
+// 16 rows of 16 to 16 columns, one after the other.
+inline void transpose(const __m512i (&rows)[LANES], int32_t* columns) {
+  __m512i a[LANES], b[LANES];
+  for (int i = 0; i < LANES; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < LANES; i += 4) {
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  // b[4 g + c] now has column 4 q + c of the rows 4 g .. 4 g + 3 in its quarter q.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i even_low = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xdd);
+    const __m512i even_high = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xdd);
+    _mm512_store_si512(columns + c * LANES, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
+    _mm512_store_si512(columns + (8 + c) * LANES, _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
+    _mm512_store_si512(columns + (4 + c) * LANES, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
+    _mm512_store_si512(columns + (12 + c) * LANES, _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
+  }
+}
+
+// Bring the first `count` positions of a tile into pairs, filled up to a whole block of them.
+inline void pair_up(const Bf16* keys, const Bf16* values, int count, const Pairs& pairs) {
+  const int head_dim = pairs.head_dim, half = head_dim / 2;
+  for (int block = 0; block < ceil_div(count, LANES); ++block) {
+    const int32_t* block_keys = (const int32_t*)(keys + size_t(block) * LANES * head_dim);
+    for (int at = 0; at < half; at += LANES) {
+      const __mmask16 lanes = first_lanes(half - at);
+      __m512i rows[LANES];
+      for (int key = 0; key < LANES; ++key) {
+        rows[key] = _mm512_maskz_loadu_epi32(lanes, block_keys + size_t(key) * half + at);
+      }
+      if (half - at >= LANES) {
+        transpose(rows, pairs.keys_at(block, at));
+      } else {
+        alignas(64) int32_t columns[LANES * LANES];
+        transpose(rows, columns);
+        std::memcpy(pairs.keys_at(block, at), columns, sizeof(int32_t) * LANES * (half - at));
+      }
+    }
+    for (int key = block * LANES; key < (block + 1) * LANES; key += 2) {
+      const Bf16* one = values + size_t(key) * head_dim;
+      for (int at = 0; at < head_dim; at += LANES) {
+        const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(one + at)));
+        const __m512i odd =
+            _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(one + head_dim + at)));
+        _mm512_store_si512(pairs.values_at(key / 2, at),
+                           _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+      }
+    }
+  }
+}
+
+// Scores of Q query rows against B blocks of 16 keys.
+template <int Q, int B>
+inline void score(const Bf16* queries, const Pairs& pairs, int block, float (*scores)[TILE]) {
+  const int head_dim = pairs.head_dim;
+  __m512 sum[Q * B];
+  unrolled<Q * B>([&](int n) INLINE { sum[n] = _mm512_setzero_ps(); });
+  for (int at = 0; at < head_dim / 2; ++at) {
+    __m512i keys[B];
+    unrolled<B>([&](int b) INLINE { keys[b] = _mm512_load_si512(pairs.keys_at(block + b, at)); });
+    unrolled<Q>([&](int q) INLINE {
+      const __m512i both = repeated(queries + size_t(q) * head_dim + 2 * at);
+      unrolled<B>([&](int b) INLINE {
+        add_bf16(sum[q * B + b], both, keys[b]);
+      });
+    });
+  }
+  unrolled<Q>([&](int q) INLINE {
+    unrolled<B>([&](int b) INLINE { _mm512_store_ps(&scores[q][(block + b) * LANES], sum[q * B + b]); });
+  });
+}
+
+// The sum of `count` values (a whole number of pairs) weighted by `weights`, for B registers of
+// dimensions from `at` on.
+template <int Q, int B>
+inline void weigh(const Bf16 (*weights)[TILE], const Pairs& pairs, int count, int at, float* out) {
+  const int head_dim = pairs.head_dim;
+  __m512 sum[Q * B];
+  unrolled<Q * B>([&](int n) INLINE { sum[n] = _mm512_setzero_ps(); });
+  for (int pair = 0; pair < count / 2; ++pair) {
+    __m512i values[B];
+    unrolled<B>([&](int b) INLINE { values[b] = _mm512_load_si512(pairs.values_at(pair, at + b * LANES)); });
+    unrolled<Q>([&](int q) INLINE {
+      const __m512i both = repeated(&weights[q][2 * pair]);
+      unrolled<B>([&](int b) INLINE {
+        add_bf16(sum[q * B + b], both, values[b]);
+      });
+    });
+  }
+  unrolled<Q>([&](int q) INLINE {
+    unrolled<B>([&](int b) INLINE {
+      _mm512_storeu_ps(out + size_t(q) * head_dim + at + b * LANES, sum[q * B + b]);
+    });
+  });
+}
+
+// Scores of one row to weights; returns (peak, sum). `visible` keys count, up to `count` are written.
+inline void soften(const float* scores, int visible, int count, float scale, Bf16* weights, float* peak,
+                   float* sum) {
+  __m512 peaks = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  for (int at = 0; at < visible; at += LANES) {
+    peaks = _mm512_mask_max_ps(peaks, first_lanes(visible - at), peaks, _mm512_load_ps(scores + at));
+  }
+  const float largest = _mm512_reduce_max_ps(peaks) * scale;
+  const __m512 less = _mm512_set1_ps(largest), by = _mm512_set1_ps(scale);
+  __m512 sums = _mm512_setzero_ps();
+  for (int at = 0; at < count; at += LANES) {
+    const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(scores + at), by, less);
+    const __m512 weight = _mm512_maskz_mov_ps(first_lanes(visible - at), exponential(x));
+    const __m256i rounded = narrow(weight);
+    _mm256_storeu_si256((__m256i*)(weights + at), rounded);
+    sums = _mm512_add_ps(sums, widen(rounded));  // what is summed is what weighs
+  }
+  *peak = largest;
+  *sum = _mm512_reduce_add_ps(sums);
+}
+
+// Put what Q rows found in one more tile to what they had.
+inline void put_together(const Found& had, const Found& more, int queries, int head_dim) {
+  for (int q = 0; q < queries; ++q) {
+    const float peak = std::max(had.peak[q], more.peak[q]);
+    const __m512 keep = exponential(_mm512_set1_ps(had.peak[q] - peak));
+    const __m512 take = exponential(_mm512_set1_ps(more.peak[q] - peak));
+    float* mine = had.values + size_t(q) * head_dim;
+    const float* theirs = more.values + size_t(q) * head_dim;
+    for (int at = 0; at < head_dim; at += LANES) {
+      const __m512 kept = _mm512_mul_ps(_mm512_loadu_ps(mine + at), keep);
+      _mm512_storeu_ps(mine + at, _mm512_fmadd_ps(_mm512_loadu_ps(theirs + at), take, kept));
+    }
+    const float kept = had.sum[q] * _mm512_cvtss_f32(keep);
+    had.sum[q] = __builtin_fmaf(more.sum[q], _mm512_cvtss_f32(take), kept);
+    had.peak[q] = peak;
+  }
+}
+
+// What Q query rows find in a tile. Row q sees the keys up to visible[q].
+template <int Q>
+inline void attend_block(const Bf16* queries, const Pairs& pairs, const int* visible, float scale,
+                         const Found& found) {
+  const int head_dim = pairs.head_dim;
+  alignas(64) float scores[Q][TILE];
+  alignas(64) Bf16 weights[Q][TILE];
+  const int blocks = ceil_div(*std::max_element(visible, visible + Q), LANES);
+  int block = 0;
+  for (; block + BLOCKS_MAX <= blocks; block += BLOCKS_MAX) {
+    score<Q, BLOCKS_MAX>(queries, pairs, block, scores);
+  }
+  for (; block < blocks; ++block) score<Q, 1>(queries, pairs, block, scores);
+  const int count = blocks * LANES;
+  for (int q = 0; q < Q; ++q) {
+    soften(scores[q], visible[q], count, scale, weights[q], found.peak + q, found.sum + q);
+  }
+  int at = 0;
+  for (; at + BLOCKS_MAX * LANES <= head_dim; at += BLOCKS_MAX * LANES) {
+    weigh<Q, BLOCKS_MAX>(weights, pairs, count, at, found.values);
+  }
+  for (; at < head_dim; at += LANES) weigh<Q, 1>(weights, pairs, count, at, found.values);
+}
+
+inline void attend(const Bf16* queries, const Pairs& pairs, const int* visible, int count, float scale,
+                   Found found) {
+  const int head_dim = pairs.head_dim;
+  while (count > 0) {
+    const int some = std::min(count, QUERIES_MAX);
+    switch (some) {
+      case 1: attend_block<1>(queries, pairs, visible, scale, found); break;
+      case 2: attend_block<2>(queries, pairs, visible, scale, found); break;
+      case 3: attend_block<3>(queries, pairs, visible, scale, found); break;
+      case 4: attend_block<4>(queries, pairs, visible, scale, found); break;
+      case 5: attend_block<5>(queries, pairs, visible, scale, found); break;
+      default: attend_block<6>(queries, pairs, visible, scale, found); break;
+    }
+    count -= some;
+    queries += size_t(some) * head_dim;
+    visible += some;
+    found = {found.peak + some, found.sum + some, found.values + size_t(some) * head_dim};
+  }
+}
+
+}  // namespace crdt_llm
