@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -159,9 +160,15 @@ async def test_a_lease_that_ends_in_mid_reply_costs_nothing_but_time(
     desk = Desk(room)
     node = await running(room, desk, tiny_model_dir, engine)
     slot = room.ask("a story", **LONG)
+    written = 0
+
+    def wrote(leases: int) -> bool:
+        """Whether words were written under the last of so many leases."""
+        return len(room.replica.epochs()) == leases and len(room.entry(slot).content) > written
+
     for part in range(1, 6):
-        # Something was written under the lease at hand.
-        await room.until(lambda: len(room.replica.epochs()) == part)  # noqa: B023
+        await room.until(partial(wrote, part))
+        written = len(room.entry(slot).content)
         desk.end_lease()
         await desk.asked.wait()
         assert room.replica.state(slot) is State.STREAMING
