@@ -56,6 +56,7 @@ class Team {
  private:
   static constexpr uint32_t CALL = 256;  // above it the number of a call, below how many are called
   static constexpr int LOOKS = 2000;     // some 20 us: longer than most phases
+  static constexpr int YIELDS = 500;     // some 200 us: longer than what lies between two steps
 
   void wait_for_all() {
     if (threads_ == 1) {
@@ -85,6 +86,8 @@ class Team {
       for (int looks = 0; (call = call_.load(std::memory_order_acquire)) == seen; ++looks) {
         if (looks < LOOKS) {
           _mm_pause();
+        } else if (looks < LOOKS + YIELDS) {
+          sched_yield();
         } else {
           call_.wait(seen, std::memory_order_acquire);
         }
