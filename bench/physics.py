@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 PROBE_BYTES = 1 << 30  # 32 times the largest cache of such machines
 PRODUCT_SIDE = 2048  # large enough that a product is all arithmetic
-TRIES = 7
+TRIES = 7  # of which the best counts
+ROUNDS = 15  # of which the median counts
 ZERO = 128  # the zero point of unsigned activations
 
 
@@ -143,7 +144,7 @@ def attention(model: Path, rows: int, contexts: tuple[int, int]) -> dict[str, fl
     parts = {"linear_ms": prefill.linear, "early_ms": early, "late_ms": late}
     for work in parts.values():
         work()
-    rounds = [{name: 1000 * _took_s(work) for name, work in parts.items()} for _ in range(TRIES)]
+    rounds = [{name: 1000 * _took_s(work) for name, work in parts.items()} for _ in range(ROUNDS)]
     return {name: statistics.median(one[name] for one in rounds) for name in parts}
 
 

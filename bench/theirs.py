@@ -191,6 +191,9 @@ async def vllm(folder: Path, model: Path) -> AsyncIterator[Chats]:
         # By itself it keeps one core for its web server, which is half of this machine.
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{THREADS - 1}",
         "LD_PRELOAD": str(python.parent.parent / "lib" / "libiomp5.so"),  # as its guide has it
+        # What it saves of a compilation ahead of time it cannot load again, and compiles for a
+        # minute at each start; by its older way it finds its kernels again.
+        "VLLM_USE_AOT_COMPILE": "0",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
