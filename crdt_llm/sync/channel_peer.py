@@ -87,6 +87,7 @@ class ChannelPeer(Peer):
     """
 
     survives_refusal = True
+    survives_failure = True
 
     def __init__(self, connection: NativeConnection, wish: Open, standing: Standing) -> None:
         super().__init__(standing.found.principal)

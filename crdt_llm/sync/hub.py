@@ -25,6 +25,7 @@ from crdt_llm.errors import (
     LocalMisuse,
     Refused,
     Stopping,
+    StoreFailed,
     Unavailable,
 )
 from crdt_llm.store.register import MemoryRegister
@@ -40,6 +41,7 @@ from crdt_llm.sync.verdict import (
     Denied,
     Known,
     Lacking,
+    Postponed,
     one_line,
 )
 from crdt_llm.sync.wire import AwarenessState
@@ -84,9 +86,10 @@ class Membership(Peer):
     """A peer in this process, such as a node. Made by :meth:`Hub.join`.
 
     A refused update is refused whole, but the membership goes on; only the caller's own replica
-    then holds what nobody else has, and must be made anew. When the room ends (a commit failed, or
-    the process stops), every waiting :meth:`submit` raises, ``lost`` is called once with the same
-    error, and the way on is to join again: ``state`` is then what survived.
+    then holds what nobody else has, and must be made anew. When the commit of a write of its own
+    failed, or the room ends (the process stops), every waiting :meth:`submit` raises, ``lost`` is
+    called once with the same error, and the way on is to join again: ``state`` is then what
+    survived.
 
     Attributes:
         state: The committed document at the moment of joining; ``deliver`` is called for all that
@@ -150,6 +153,8 @@ class Membership(Peer):
                 raise Gap(reason)
             case Denied(error):
                 raise error
+            case Postponed(reason):
+                raise StoreFailed(reason)
             case _:
                 assert_never(verdict)
 

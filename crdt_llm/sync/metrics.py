@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
-from crdt_llm.sync.verdict import Committed, Denied, Known, Lacking
+from crdt_llm.sync.verdict import Committed, Denied, Known, Lacking, Postponed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -38,6 +38,7 @@ _VERDICTS: Final = {
     Known: "known",
     Lacking: "gap",
     Denied: "refused",
+    Postponed: "postponed",
 }
 
 

@@ -52,6 +52,7 @@ from crdt_llm.sync.verdict import (
     Denied,
     Known,
     Lacking,
+    Postponed,
     close_code,
     reason_of,
     shorten,
@@ -264,6 +265,9 @@ class NativeSession:
                 rule = error.code if isinstance(error, Refused) else "malformed"
                 reason = error.reason if isinstance(error, Refused) else str(error)
                 nack = _nack(submit, code_of(error), rule, reason)
+            case Postponed(reason, retry_s):
+                nack = _nack(submit, Code.UNAVAILABLE, "", reason)
+                nack = replace(nack, retry_ms=round(1000 * retry_s))
             case _:
                 assert_never(verdict)
         return (Send(nack),)

@@ -19,8 +19,10 @@ I3. A peer's updates are judged, and their verdicts handed out, in the order of 
 I4. An update is checked by its structure before the replica sees it, and by its meaning after. On
     a violation, or any exception, the replica goes back to what it was: a copy that nobody reads
     follows it for that, or is made from the log and from what this turn had accepted before.
-I5. If a commit fails, or the log cannot be read, the room ends: every peer is told to try again,
-    and whoever comes next gets a room that was loaded anew.
+I5. If a commit fails, the replica is made anew from the log, and whoever wrote is told to try
+    again; who only listens notices nothing. If the log cannot be read, or the register not written,
+    the room ends: every peer is told to try again, and whoever comes next gets a room that was
+    loaded anew.
 I6. The register follows the log: what a commit changed of its facts is durable there before
     anything of the turn is handed out. A token of a reply changes none.
 I7. After a loss of the log what the register says counts: rights, what was withdrawn, what was
@@ -74,6 +76,7 @@ from crdt_llm.errors import (
     MalformedMessage,
     Refused,
     Stopping,
+    StoreFailed,
     TooLarge,
     Unavailable,
 )
@@ -95,7 +98,15 @@ from crdt_llm.sync.structure import (
     read_update,
 )
 from crdt_llm.sync.upkeep import Upkeep
-from crdt_llm.sync.verdict import Committed, Denied, Known, Lacking, one_line, reason_of
+from crdt_llm.sync.verdict import (
+    Committed,
+    Denied,
+    Known,
+    Lacking,
+    Postponed,
+    one_line,
+    reason_of,
+)
 from crdt_llm.sync.wire import UPDATE_BYTES_MAX, decode_state_vector, encode_state_vector
 
 if TYPE_CHECKING:
@@ -129,6 +140,11 @@ UNSETTLED_BYTES_MAX: Final = 1 << 20
 
 ANSWERS_PER_TURN_MAX: Final = 8
 """Answers may be whole documents: after a restart of the relay everyone asks at once."""
+
+STORE_PAUSE_FIRST_S: Final = 0.25
+STORE_PAUSE_MAX_S: Final = 4.0
+"""Seconds without a write to the log after a second commit failed, and each time twice as many:
+every attempt costs reading the document anew."""
 
 DOCUMENT_BYTES_MAX: Final = UPDATE_BYTES_MAX - (64 << 10)
 """The largest document: it must fit one Step2, or nobody new could ever be brought up to date."""
@@ -194,6 +210,9 @@ class Peer(ABC):
     survives_refusal = False
     """Whether it may go on after a refusal. If not, what it sent after is never looked at."""
 
+    survives_failure = False
+    """Whether it may go on when what it wrote did not become durable. If not, it is dismissed."""
+
     address: str | None = None
     """Where it comes from; ``None`` inside this process."""
 
@@ -250,6 +269,8 @@ class _Batch:
     settled: list[tuple[_Seat, Submission, Verdict | None]] = field(default_factory=list)
     accepted: list[tuple[_Seat, Change]] = field(default_factory=list)
     refused: dict[_Seat, None] = field(default_factory=dict)  # in order: a seed must replay
+    late: int = 0  # of what is settled, those that were judged in an earlier turn
+    restored: bool = False  # something in it is a restore, or confirms one
 
     @property
     def updates(self) -> list[bytes]:
@@ -407,6 +428,8 @@ class Room:
         self._relay_key = relay_key
         self._row: Row | None = None  # as it is durable; None before there is a birth
         self._clients: dict[int, str] = {}  # client id -> whose it is, what is accepted included
+        self._failed_commits = 0  # in a row
+        self._commits_again_at = clock()  # the log is not written to before that
         self._is_noteworthy = False  # something beside the document changed since the row was saved
         self._behind: tuple[str, ...] = ()  # tips that the register has and the document lacks
         self._restoring = Restoring(conversation, relay_key, self._clients)
@@ -645,10 +668,16 @@ class Room:
         self._in_turn = True
         batch = _Batch()
         try:
+            was_noteworthy = self._is_noteworthy
             self._take_late(batch)
             await self._check_batch(batch)
             if batch.accepted:
-                await self._upkeep.append(batch.updates)
+                try:
+                    await self._upkeep.append(batch.updates)
+                    self._failed_commits = 0
+                except StoreFailed as error:
+                    await self._give_up(batch, error)
+                    self._is_noteworthy = was_noteworthy
             was_noteworthy = self._is_noteworthy
             if batch.accepted or was_noteworthy:
                 await self._note(batch)
@@ -746,12 +775,13 @@ class Room:
         while self._late:
             seat, submission, verdict = self._late.popleft()
             batch.settled.append((seat, submission, verdict))
+            batch.late += 1
             if submission.peer.survives_refusal:
                 self._release(seat)
             else:
                 batch.refused[seat] = None
 
-    async def _judge(
+    async def _judge(  # noqa: PLR0911 - one each
         self, seat: _Seat, submission: Submission, author: Author, batch: _Batch
     ) -> Verdict:
         """I4. ``Committed`` is promised here and true after the commit."""
@@ -763,11 +793,15 @@ class Room:
         if look.missing is not None:
             return Lacking(str(look.missing))
         if self._restoring.confirm(look.structure, author, self._rights):
-            self._is_noteworthy = True
+            self._is_noteworthy = batch.restored = True
         if not look.brings:
             return Known()
+        pause_s = self._commits_again_at - self._clock()
+        if pause_s > 0:
+            return Postponed("the store does not take writes now", pause_s)
         try:
             if is_restore:
+                batch.restored = True
                 change = await self._restore(submission, look, author)
             else:
                 change = await self._apply(submission, look, author)
@@ -1008,6 +1042,33 @@ class Room:
 
     # -- the log -------------------------------------------------------------------------------
 
+    async def _give_up(self, batch: _Batch, error: StoreFailed) -> None:
+        """I5. Nothing of a batch is durable, and every verdict in it may rest on the rest of it.
+
+        Raises:
+            StoreFailed: The room cannot go on: the log does not say what it has, or has more than
+                it said; or what a restore has left in memory cannot be told from what was there.
+        """
+        lsn = self.lsn
+        if batch.restored or self._restoring.is_going_on:
+            raise error
+        await self._rebuild([])
+        if self.lsn != lsn:
+            raise error
+        logger.error("conversation %s: %s", self.id, reason_of(error))
+        self._clients.clear()
+        if self._row is not None:
+            self._clients.update(self._row.clients)
+        self._failed_commits += 1
+        pause_s = min(STORE_PAUSE_FIRST_S * 2 ** (self._failed_commits - 1), STORE_PAUSE_MAX_S)
+        if self._failed_commits > 1:  # the first may have been an accident
+            self._commits_again_at = self._clock() + pause_s
+        postponed = Postponed(reason_of(error), pause_s)
+        batch.settled[batch.late :] = [
+            (seat, submission, postponed) for seat, submission, _ in batch.settled[batch.late :]
+        ]
+        batch.accepted.clear()
+
     async def _load(self) -> None:
         self._in_turn = True
         row = await self._register.load(self.id)
@@ -1112,7 +1173,11 @@ class Room:
             seat.unsettled -= 1
             seat.unsettled_bytes -= len(submission.update)
             seat.has_space.set()
-            if verdict is not None:
+            if isinstance(verdict, Postponed) and not seat.peer.survives_failure:
+                if not seat.is_gone:
+                    self._dismiss(seat, StoreFailed(verdict.reason))
+                batch.refused[seat] = None
+            elif verdict is not None:
                 final = Committed(self.lsn) if verdict is _ACCEPTED else verdict
                 self._call(seat, seat.peer.settle, submission, final, self)
         for seat in batch.refused:

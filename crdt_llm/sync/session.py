@@ -32,6 +32,7 @@ from crdt_llm.sync.verdict import (
     Denied,
     Known,
     Lacking,
+    Postponed,
     close_code,
     reason_of,
 )
@@ -217,6 +218,8 @@ class Session:
                 return self._move(Input.STEP2_GAP if submit.answers else Input.UPDATE_GAP)
             case Denied(error):
                 return self._deny(error)
+            case Postponed(reason):
+                return self.close(CloseCode.TRY_AGAIN, reason)
             case _:
                 assert_never(verdict)
 

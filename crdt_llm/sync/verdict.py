@@ -80,7 +80,20 @@ class Denied:
     error: Refused | MalformedMessage
 
 
-Verdict: TypeAlias = Committed | Known | Lacking | Denied
+@dataclass(frozen=True, slots=True)
+class Postponed:
+    """Not durable, for the store takes no writes now. Nothing of it was seen by others.
+
+    Attributes:
+        reason: One line for people.
+        retry_s: When it may be tried again.
+    """
+
+    reason: str
+    retry_s: float
+
+
+Verdict: TypeAlias = Committed | Known | Lacking | Denied | Postponed
 """What became of a write. If there is no verdict, the room ended, and the peer was told why."""
 
 

@@ -10,13 +10,19 @@ from typing import TYPE_CHECKING
 from adversity.serving import LONG, SHORT, Serving, end_of, known_to_the_relay, sampled
 from cli import shell
 from sync.device import Device
+from websockets.asyncio.client import connect
+from websockets.typing import Subprotocol
 
 from crdt_llm.document.schema import State
+from crdt_llm.sync.frames import SUBPROTOCOL, Closed, Hello, Open, Opened, decode_from_relay
+from crdt_llm.sync.frames import encode as encode_frame
 from crdt_llm.sync.verdict import CloseCode
 from crdt_llm.sync.wire import AuthDenied, SyncUpdate, encode
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from websockets.asyncio.client import ClientConnection
 
     from crdt_llm.sync.client import OpenConversation
 
@@ -105,3 +111,35 @@ async def test_a_disk_that_is_full_at_the_start_is_told_in_one_line(tmp_path: Pa
     assert list(serving.folder.path.glob("log*")) == []  # nothing half made
     with serving:  # and with space it starts
         assert await serving.stop() == 0
+
+
+async def received(socket: ClientConnection) -> bytes:
+    frame = await socket.recv()
+    assert isinstance(frame, bytes)
+    return frame
+
+
+async def test_who_only_reads_notices_nothing_of_a_full_disk(tmp_path: Path) -> None:
+    with Serving(tmp_path, None) as serving:
+        async with serving.client() as client:
+            conversation = await client.create("a talk")
+            await conversation.send("before")
+            await known_to_the_relay(conversation, serving)
+            address = f"ws://127.0.0.1:{serving.port}/"
+            offered = [Subprotocol(SUBPROTOCOL)]
+            async with connect(address, compression=None, subprotocols=offered) as socket:
+                await socket.send(encode_frame(Hello(1, serving.token, "reader", None)))
+                await socket.recv()  # Welcome
+                await socket.send(encode_frame(Open(1, conversation.id, None, 0, b"\0")))
+                assert isinstance(decode_from_relay(await received(socket)), Opened)
+                fill_disk(serving)
+                entry = await conversation.send("kept on the device meanwhile")
+                while (await serving.get("/readyz"))[0] != 503:
+                    pass
+                assert not conversation.acknowledged(entry)
+                assert conversation.synced
+                free_disk(serving)
+                frames = [decode_from_relay(await received(socket))]
+                while b"meanwhile" not in getattr(frames[-1], "update", b""):
+                    frames.append(decode_from_relay(await received(socket)))
+        assert not any(isinstance(frame, Closed) for frame in frames)

@@ -20,6 +20,7 @@ from crdt_llm.sync.frames import (
     Ack,
     Change,
     Closed,
+    Code,
     Leave,
     Nack,
     Opened,
@@ -28,6 +29,7 @@ from crdt_llm.sync.frames import (
     Update,
     decode_from_relay,
 )
+from crdt_llm.sync.room import STORE_PAUSE_MAX_S
 from crdt_llm.sync.structure import read_update
 from crdt_llm.sync.wire import decode_state_vector
 
@@ -51,6 +53,7 @@ class Client:
         self.is_open = False
         self.last_id = 0
         self.in_flight: dict[int, bytes] = {}
+        self.lacks = False  # something was put off, so what builds on it is a gap
         self.verdicts: list[int] = []
         self.lsns: list[int] = []
         self.client_id = self.device.replica.client_id
@@ -68,6 +71,7 @@ class Client:
         self.in_flight.clear()
         self.verdicts.clear()
         self.lsns.clear()
+        self.lacks = False
         self.fresh.clear()
         vector = self.device.replica.state_vector()
         await self.native.send(open_frame(log=self.log, lsn=self.lsn, state_vector=vector))
@@ -86,6 +90,12 @@ class Client:
                 self.fresh |= self._own_clocks(update)
             await self.native.send(Update(1, self.last_id, update))
 
+    async def try_again(self) -> None:
+        """Send what was put off, and what came behind it."""
+        waiting = set(self.in_flight.values())
+        for update in [one for one in self.outbox if one not in waiting]:
+            await self.send(update)
+
     async def hear(self, limit: int | None = None) -> None:
         """Take some of what waits; the rest stays with a slow reader."""
         while self.native is not None and (limit is None or limit > 0):
@@ -97,7 +107,7 @@ class Client:
             if limit is not None:
                 limit -= 1
 
-    async def _take(self, frame: FromRelay) -> None:
+    async def _take(self, frame: FromRelay) -> None:  # noqa: C901 - a table of frames
         match frame:
             case Opened(log=log, lsn=lsn, update=update):
                 self.is_open, self.log = True, log
@@ -122,6 +132,12 @@ class Client:
                     if one <= number:
                         self._decide(one)
                         self.outbox.remove(self.in_flight.pop(one))
+            case Nack(id=number, code=Code.UNAVAILABLE | Code.GAP as code):
+                assert min(self.in_flight) == number, "a verdict was passed over"
+                self.lacks = self.lacks or code is Code.UNAVAILABLE
+                assert self.lacks, "a gap, and nothing was put off"
+                self._decide(number)
+                del self.in_flight[number]
             case Nack(id=number):
                 assert min(self.in_flight) == number, "a verdict was passed over"
                 self._decide(number)
@@ -257,6 +273,11 @@ class NativeMachine(RuleBasedStateMachine):
     def disk_heals(self) -> None:
         self.place.failing = False
 
+    @rule(number=client)
+    def try_again(self, number: int) -> None:
+        self.place.now += STORE_PAUSE_MAX_S
+        self._run(self.clients[number].try_again())
+
     @rule()
     def heal(self) -> None:
         self._run(self._settle())
@@ -268,6 +289,7 @@ class NativeMachine(RuleBasedStateMachine):
 
     async def _settle(self) -> None:
         self.place.failing = False
+        self.place.now += STORE_PAUSE_MAX_S
         for client in self.clients:
             client.cut()
         for _ in range(3):

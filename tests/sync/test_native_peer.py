@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -34,6 +35,7 @@ from crdt_llm.sync.frames import (
 from crdt_llm.sync.native_session import LEFT
 from crdt_llm.sync.peer import RemotePeer
 from crdt_llm.sync.refusal_rate import REFUSALS_FREE, RefusalRate
+from crdt_llm.sync.room import STORE_PAUSE_FIRST_S, STORE_PAUSE_MAX_S
 from crdt_llm.sync.verdict import CloseCode
 from crdt_llm.sync.wire import AwarenessState, AwarenessUpdate, decode, encode
 
@@ -351,25 +353,38 @@ async def test_who_loses_the_right_hears_nothing_of_what_took_it() -> None:
     assert native.of(Closed)[0].code == CloseCode.FORBIDDEN
 
 
-async def test_a_failed_commit_closes_the_channel_for_now() -> None:
+async def test_what_is_not_durable_may_come_again_later() -> None:
     place = Place()
     await born(place)
     native, replica = await opened(place, 1)
     place.failing = True
     update = replica.say("kept by its author")
-    await native.send(update_frame(1, update))
+    await native.send(update_frame(1, update), update_frame(2, replica.say("and this")))
     await turns()
     native.down()
-    assert [one.code for one in native.of(Closed)] == [CloseCode.TRY_AGAIN]
-    assert native.of(Ack) == []
+    first, second = native.of(Nack)
+    assert (first.id, first.code, first.state_vector) == (1, Code.UNAVAILABLE, None)
+    assert "no space" in first.reason
+    assert second == replace(first, id=2)
+    assert not native.of(Ack)
+    for failure in range(1, 7):  # from the second on nothing is tried for a while
+        pause_s = min(STORE_PAUSE_FIRST_S * 2 ** (failure - 1), STORE_PAUSE_MAX_S)
+        assert native.of(Nack)[-1].retry_ms == 1000 * pause_s
+        place.now += pause_s
+        await native.send(update_frame(2 + failure, update))
+        await turns()
+        native.down()
     place.failing = False
-    await native.send(open_frame())
+    await native.send(update_frame(9, update))
     await turns()
     native.down()
-    await native.send(update_frame(1, update))
+    assert "not take writes now" in native.of(Nack)[-1].reason
+    place.now += STORE_PAUSE_MAX_S
+    await native.send(*(update_frame(10 + n, one) for n, one in enumerate(replica.written)))
     await turns()
     native.down()
-    assert [one.id for one in native.of(Ack)] == [1]
+    assert native.of(Ack)[-1].id == 9 + len(replica.written)
+    assert not native.of(Closed)
 
 
 async def test_a_slow_reader_gets_everything_at_once_and_verdicts_after_it(

@@ -44,7 +44,7 @@ from crdt_llm.sync.native_session import (
     Submit,
     code_of,
 )
-from crdt_llm.sync.verdict import CloseCode, Committed, Denied, Known, Lacking
+from crdt_llm.sync.verdict import CloseCode, Committed, Denied, Known, Lacking, Postponed
 
 if TYPE_CHECKING:
     from crdt_llm.sync.frames import FromClient
@@ -204,6 +204,14 @@ def test_a_gap_says_what_there_is_and_what_mends_it_may_be_large() -> None:
     (usual,) = take(session, update_frame(3, b"x"))
     assert isinstance(usual, Submit)
     assert not usual.is_document
+
+
+def test_what_was_put_off_may_come_again_after_a_pause() -> None:
+    nack = Nack(1, 1, Code.UNAVAILABLE, "", "no space", 250, None)
+    session = with_channel()
+    assert settle(session, 1, Postponed("no\nspace", 0.25)) == (Send(nack),)
+    (same,) = take(session, update_frame(2, b"x"))
+    assert isinstance(same, Submit)
 
 
 @pytest.mark.parametrize(

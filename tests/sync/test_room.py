@@ -27,7 +27,7 @@ from crdt_llm.errors import (
 from crdt_llm.sync import room as room_module
 from crdt_llm.sync import structure
 from crdt_llm.sync.offload import OFFLOAD_BYTES_MIN
-from crdt_llm.sync.room import UNSETTLED_MAX
+from crdt_llm.sync.room import STORE_PAUSE_FIRST_S, UNSETTLED_MAX
 from crdt_llm.sync.upkeep import COMPACT_BYTES_MIN
 from crdt_llm.sync.wire import decode_state_vector
 
@@ -41,6 +41,12 @@ def replayed(updates: Sequence[bytes]) -> Device:
     device = Device(Random(0))
     for update in updates:
         assert device.merge(update)
+    return device
+
+
+def device_with(client: int, principal: str, like: Device) -> Device:
+    device = Device(Random(client), principal)
+    device.replica = Conversation(client, update=like.replica.diff())
     return device
 
 
@@ -64,22 +70,87 @@ async def test_nothing_leaves_before_it_is_durable() -> None:
     assert owner.heard == []
 
 
-async def test_a_failed_commit_ends_the_room_and_the_next_one_has_what_is_durable() -> None:
+async def test_a_failed_commit_concerns_those_who_wrote_and_nobody_else() -> None:
     place = Place()
     owner, device = await born(place)
     other = await place.join()
     place.failing = True
     with pytest.raises(StoreFailed):
         await owner.membership.submit(device.say("lost"))
-    assert other.heard == []
-    assert [type(error) for error in other.lost] == [StoreFailed]
-    with pytest.raises(StoreFailed):
-        await other.membership.submit(EMPTY_UPDATE)
+    assert [type(error) for error in owner.lost] == [StoreFailed]
+    assert not other.heard
+    assert not other.lost
+    await other.membership.submit(EMPTY_UPDATE)  # there is nothing to write in it
+    again = await place.join()
+    assert replayed([again.membership.state]).texts == []
+    with pytest.raises(StoreFailed, match="no space"):
+        await again.membership.submit(device.written[-1])
+    place.failing = False
+    again = await place.join()
+    with pytest.raises(StoreFailed, match="not take writes now"):  # so soon nobody tries
+        await again.membership.submit(device.written[-1])
+    place.now += 2 * STORE_PAUSE_FIRST_S
+    again = await place.join()
+    await again.membership.submit(device.written[-1])
+    assert replayed([(await place.join()).membership.state]).texts == ["lost"]
+    assert replayed([other.membership.state, *other.heard]).texts == ["lost"]
+    assert other.lost == []
+
+
+async def test_what_came_with_a_failed_commit_has_no_verdict_either() -> None:
+    """It was judged with what is lost before its eyes: what is known, and what is not allowed."""
+    place = Place()
+    owner, device = await born(place)
+    friend = await place.join()
+    place.failing = True
+    said = device.say("lost")
+    writes = ((owner, said), (friend, said), (friend, device.forge()))
+    answers = await asyncio.gather(
+        *(member.membership.submit(update) for member, update in writes), return_exceptions=True
+    )
+    assert [type(answer) for answer in answers] == [StoreFailed] * 3
     place.failing = False
     again = await place.join()
     assert replayed([again.membership.state]).texts == []
-    await again.membership.submit(device.written[-1])
-    assert replayed([(await place.join()).membership.state]).texts == ["lost"]
+    await again.membership.submit(said)
+
+
+async def test_a_client_id_is_nobodys_whose_first_use_was_not_durable() -> None:
+    place = Place()
+    owner, device = await born(place)
+    await owner.membership.submit(device.grant("friend", Grant.WRITER))
+    theirs = device_with(5, "friend", device)
+    friend = await place.join("friend")
+    place.failing = True
+    with pytest.raises(StoreFailed):
+        await friend.membership.submit(theirs.say("lost"))
+    place.failing = False
+    mine = device_with(5, "owner", device)
+    await owner.membership.submit(mine.say("mine"))
+    friend = await place.join("friend")
+    with pytest.raises(Refused) as refused:
+        await friend.membership.submit(theirs.written[-1])
+    assert refused.value.code == "rewrite"
+
+
+async def test_a_log_that_has_more_than_it_said_ends_the_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else what is in it would never be delivered."""
+    place = Place()
+    owner, device = await born(place)
+    other, append = await place.join(), place.log.append
+
+    async def unheard(conversation: str, updates: Sequence[bytes]) -> int:
+        await append(conversation, updates)
+        raise StoreFailed("no answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place.log, "append", unheard)
+        with pytest.raises(StoreFailed):
+            await owner.membership.submit(device.say("durable after all"))
+    assert [type(error) for error in other.lost] == [StoreFailed]
+    assert replayed([(await place.join()).membership.state]).texts == ["durable after all"]
 
 
 async def test_a_refusal_is_whole() -> None:

@@ -30,6 +30,7 @@ from crdt_llm.sync.verdict import (
     Denied,
     Known,
     Lacking,
+    Postponed,
     close_code,
     reason_of,
     shorten,
@@ -190,6 +191,13 @@ def test_a_refusal_says_why_and_not_to_come_back(
     session = live()
     assert session.settle(LIVE, Denied(error)) == (Close(code, reason, deny=True),)
     assert code.is_final
+    assert session.close(CloseCode.RESTART, "stop") == ()
+
+
+def test_what_was_put_off_says_come_back() -> None:
+    session = live()
+    close = Close(CloseCode.TRY_AGAIN, "no space", deny=False)
+    assert session.settle(LIVE, Postponed("no space", 1.0)) == (close,)
     assert session.close(CloseCode.RESTART, "stop") == ()
 
 

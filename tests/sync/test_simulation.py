@@ -30,6 +30,7 @@ from crdt_llm.sync import room as room_module
 from crdt_llm.sync import upkeep as upkeep_module
 from crdt_llm.sync.hub import Hub
 from crdt_llm.sync.peer import RemotePeer
+from crdt_llm.sync.room import STORE_PAUSE_MAX_S
 from crdt_llm.sync.structure import brings, find_gap, read_update
 from crdt_llm.sync.wire import decode_state_vector
 
@@ -290,6 +291,7 @@ class World:
         """No more faults; everybody comes back until nothing moves."""
         self.lossy = False
         self.process.failing, self.process.crash_in = False, -1
+        self.now += STORE_PAUSE_MAX_S
         await turns(50)
         for device in self.devices:
             await self.connect(device)
