@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import logging
 import os
 import queue
 import signal
@@ -270,6 +271,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kv-disk-bytes", type=int)
     options = parser.parse_args(arguments)
 
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
     # The terminal's interrupt goes to the whole group; the node decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Frames keep the descriptor to themselves: whatever prints must not end up among them.

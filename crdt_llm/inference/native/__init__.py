@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import shutil
 import stat
@@ -24,6 +25,8 @@ from typing import Final
 import platformdirs
 
 from crdt_llm.inference.cpu import cpu_features
+
+logger = logging.getLogger("crdt_llm.inference")
 
 _SOURCES: Final = Path(__file__).parent
 _FEATURES: Final = frozenset(
@@ -121,6 +124,7 @@ def _only_mine(path: Path) -> bool:
 
 def _compile(compiler: str, file: Path) -> None:
     """Build into a temporary file and rename it: several processes may be at it."""
+    logger.info("building the native kernels, once: this takes some seconds")
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         made = Path(scratch) / file.name
         try:
