@@ -16,6 +16,8 @@ export HF_HUB_OFFLINE ?= 1
 
 .PHONY: install serve test screenshots demo bench lint types format wheel clean
 
+NATIVE := $(wildcard crdt_llm/inference/native/*.[ch]pp)
+
 # The page, as the relay serves it. Without npm there is none, and the relay serves a plain one.
 PAGE := crdt_llm/web/index.html
 # What it is made of: no test, and nothing that is made itself.
@@ -79,6 +81,7 @@ bench: install
 lint: $(VENV)/.installed $(WEB_TOOLS)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(if $(WEB_TOOLS),cd web && npm run lint)
 
 types: $(VENV)/.installed $(WEB_TOOLS)
@@ -88,6 +91,7 @@ types: $(VENV)/.installed $(WEB_TOOLS)
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(NATIVE)
 
 # What users get: the built wheel, with its base dependencies alone, in an environment of its own.
 wheel: $(VENV)/.installed

@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -17,15 +18,30 @@
 
 namespace crdt_llm {
 
-// `body(0)` to `body(N - 1)`, written out before anything else is decided: only then do compilers keep
-// an array of registers in registers.
+// `body(0)` to `body(N - 1)`, written out before anything else is decided: only then do compilers
+// keep an array of registers in registers.
 template <int N, typename Body>
 [[gnu::always_inline]] inline void unrolled(Body&& body) {
-  [&]<int... n>(std::integer_sequence<int, n...>) INLINE { (body(n), ...); }
-  (std::make_integer_sequence<int, N>{});
+  [&]<int... n>(std::integer_sequence<int, n...>)
+      INLINE { (body(n), ...); }(std::make_integer_sequence<int, N>{});
 }
 
 constexpr int LANES = 16;  // float32 in a register
+
+// While it lives, this thread rounds to the nearest and keeps denormals, whatever a library has set
+// it to meanwhile: which thread computes a row must not show.
+class PlainFloats {
+ public:
+  PlainFloats() : before_(_mm_getcsr()) { _mm_setcsr(PLAIN); }
+  ~PlainFloats() { _mm_setcsr(before_); }
+
+  PlainFloats(const PlainFloats&) = delete;
+  PlainFloats& operator=(const PlainFloats&) = delete;
+
+ private:
+  static constexpr unsigned PLAIN = 0x1f80;  // all exceptions masked, as a process begins
+  unsigned before_;
+};
 
 using Bf16 = uint16_t;  // the upper half of a float32
 
@@ -48,8 +64,8 @@ inline __m512i repeated(const void* four_bytes) {
   return _mm512_set1_epi32(value);
 }
 
-// `sum += products` of unsigned with signed bytes, four by four, and of bf16, two by two. Written as
-// instructions: given the intrinsics, GCC copies each sum to and fro (half of the speed).
+// `sum += products` of unsigned with signed bytes, four by four, and of bf16, two by two. Written
+// as instructions: given the intrinsics, GCC copies each sum to and fro (half of the speed).
 inline void add_int8(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
 }
@@ -66,7 +82,7 @@ inline __m256i narrow(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values
 inline __m512 exponential(__m512 x) {
   const __m512 tiny = _mm512_set1_ps(-87.0f);
   const __mmask16 vanishes = _mm512_cmp_ps_mask(x, tiny, _CMP_LT_OQ);
-  x = _mm512_max_ps(x, tiny);
+  x = _mm512_max_ps(tiny, x);  // in this order what is not a number stays so
   const __m512 twos = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)),
                                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 r = _mm512_fnmadd_ps(twos, _mm512_set1_ps(0.693359375f), x);
@@ -85,7 +101,8 @@ inline __m512 exponential(__m512 x) {
 // x / (1 + exp(-x)).
 inline __m512 silu(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.0f);
-  const __m512 negative = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(88.0f));
+  const __m512 negative =
+      _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(88.0f));
   return _mm512_div_ps(x, _mm512_add_ps(one, exponential(negative)));
 }
 
@@ -102,14 +119,15 @@ inline float inverse_norm(const float* row, int width, float epsilon) {
 
 // -- operands ------------------------------------------------------------------------------------
 //
-// A row of float32 becomes what the product of a weight format takes: for int8 two planes of 8 bits,
-// `row = (high * 256 + low) * scale`, each value stored as an unsigned byte above 128; for bf16 its
-// values rounded to bf16.
+// A row of float32 becomes what the product of a weight format takes: for int8 two planes of 8
+// bits, `row = (high * 256 + low) * scale`, each value stored as an unsigned byte above 128; for
+// bf16 its values rounded to bf16.
 
 constexpr int PLANE = 256;
 constexpr int ZERO = 128;
-constexpr float STEPS_MAX = 127.0f * PLANE;  // of the largest value; half a high step more still fits
-constexpr float PEAK_MIN = 1e-30f;           // a row of zeros is divided by something
+constexpr float STEPS_MAX =
+    127.0f * PLANE;                 // of the largest value; half a high step more still fits
+constexpr float PEAK_MIN = 1e-30f;  // a row of zeros is divided by something
 
 enum class Format : int { INT8 = 0, BF16 = 1 };
 
@@ -120,8 +138,8 @@ inline int operand_bytes(Format format, int width) {
 
 // Turn `row * gain * factor` into an operand. `gain` may be null. For int8 the factor joins the
 // scale, since rounding by the largest value does not see it.
-inline void make_operand(Format format, const float* row, const float* gain, float factor, int width,
-                         uint8_t* operand, float* scale) {
+inline void make_operand(Format format, const float* row, const float* gain, float factor,
+                         int width, uint8_t* operand, float* scale) {
   auto value = [&](int at) {
     const __mmask16 lanes = first_lanes(width - at);
     const __m512 x = _mm512_maskz_loadu_ps(lanes, row + at);
@@ -135,9 +153,13 @@ inline void make_operand(Format format, const float* row, const float* gain, flo
     *scale = 1.0f;
     return;
   }
-  __m512 peaks = _mm512_setzero_ps();
-  for (int at = 0; at < width; at += LANES) peaks = _mm512_max_ps(peaks, _mm512_abs_ps(value(at)));
-  const float peak = std::max(_mm512_reduce_max_ps(peaks), PEAK_MIN);
+  // As whole numbers, magnitudes have the same order, and what is not a number is the largest: then
+  // the scale is none, nor is any product.
+  __m512i peaks = _mm512_setzero_si512();
+  for (int at = 0; at < width; at += LANES) {
+    peaks = _mm512_max_epu32(peaks, _mm512_castps_si512(_mm512_abs_ps(value(at))));
+  }
+  const float peak = std::max(std::bit_cast<float>(_mm512_reduce_max_epu32(peaks)), PEAK_MIN);
   const __m512 steps = _mm512_set1_ps(STEPS_MAX / peak);
   const __m512i zeros = _mm512_set1_epi32(ZERO * PLANE + ZERO);
   const int padded = round_up(width, 64);

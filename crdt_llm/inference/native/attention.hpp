@@ -1,7 +1,7 @@
 // Attention of query rows over tiles of keys and values in bf16.
 //
-// A tile is TILE positions of one KV head, row by row, as the pool keeps it. Before it is used it is
-// brought into pairs: keys as (pair of dimensions, position), values as (pair of positions,
+// A tile is TILE positions of one KV head, row by row, as the pool keeps it. Before it is used it
+// is brought into pairs: keys as (pair of dimensions, position), values as (pair of positions,
 // dimension), so that a register holds 16 products of a pair and no sum runs across a register.
 //
 // What a query row finds in a tile is the largest score, the sum of exponentials and the sum of
@@ -17,8 +17,8 @@
 namespace crdt_llm {
 
 constexpr int TILE = 256;
-constexpr int QUERIES_MAX = 6;    // query rows computed together
-constexpr int BLOCKS_MAX = 4;     // registers of keys, or of dimensions, beside them
+constexpr int QUERIES_MAX = 6;  // query rows computed together
+constexpr int BLOCKS_MAX = 4;   // registers of keys, or of dimensions, beside them
 
 // A tile in pairs.
 struct Pairs {
@@ -115,13 +115,12 @@ inline void score(const Bf16* queries, const Pairs& pairs, int block, float (*sc
     unrolled<B>([&](int b) INLINE { keys[b] = _mm512_load_si512(pairs.keys_at(block + b, at)); });
     unrolled<Q>([&](int q) INLINE {
       const __m512i both = repeated(queries + size_t(q) * head_dim + 2 * at);
-      unrolled<B>([&](int b) INLINE {
-        add_bf16(sum[q * B + b], both, keys[b]);
-      });
+      unrolled<B>([&](int b) INLINE { add_bf16(sum[q * B + b], both, keys[b]); });
     });
   }
   unrolled<Q>([&](int q) INLINE {
-    unrolled<B>([&](int b) INLINE { _mm512_store_ps(&scores[q][(block + b) * LANES], sum[q * B + b]); });
+    unrolled<B>([&](int b)
+                    INLINE { _mm512_store_ps(&scores[q][(block + b) * LANES], sum[q * B + b]); });
   });
 }
 
@@ -134,12 +133,12 @@ inline void weigh(const Bf16 (*weights)[TILE], const Pairs& pairs, int count, in
   unrolled<Q * B>([&](int n) INLINE { sum[n] = _mm512_setzero_ps(); });
   for (int pair = 0; pair < count / 2; ++pair) {
     __m512i values[B];
-    unrolled<B>([&](int b) INLINE { values[b] = _mm512_load_si512(pairs.values_at(pair, at + b * LANES)); });
+    unrolled<B>([&](int b) INLINE {
+      values[b] = _mm512_load_si512(pairs.values_at(pair, at + b * LANES));
+    });
     unrolled<Q>([&](int q) INLINE {
       const __m512i both = repeated(&weights[q][2 * pair]);
-      unrolled<B>([&](int b) INLINE {
-        add_bf16(sum[q * B + b], both, values[b]);
-      });
+      unrolled<B>([&](int b) INLINE { add_bf16(sum[q * B + b], both, values[b]); });
     });
   }
   unrolled<Q>([&](int q) INLINE {
@@ -149,12 +148,14 @@ inline void weigh(const Bf16 (*weights)[TILE], const Pairs& pairs, int count, in
   });
 }
 
-// Scores of one row to weights; returns (peak, sum). `visible` keys count, up to `count` are written.
-inline void soften(const float* scores, int visible, int count, float scale, Bf16* weights, float* peak,
-                   float* sum) {
+// Scores of one row to weights; returns (peak, sum). `visible` keys count, up to `count` are
+// written.
+inline void soften(const float* scores, int visible, int count, float scale, Bf16* weights,
+                   float* peak, float* sum) {
   __m512 peaks = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   for (int at = 0; at < visible; at += LANES) {
-    peaks = _mm512_mask_max_ps(peaks, first_lanes(visible - at), peaks, _mm512_load_ps(scores + at));
+    peaks =
+        _mm512_mask_max_ps(peaks, first_lanes(visible - at), peaks, _mm512_load_ps(scores + at));
   }
   const float largest = _mm512_reduce_max_ps(peaks) * scale;
   const __m512 less = _mm512_set1_ps(largest), by = _mm512_set1_ps(scale);
@@ -212,18 +213,30 @@ inline void attend_block(const Bf16* queries, const Pairs& pairs, const int* vis
   for (; at < head_dim; at += LANES) weigh<Q, 1>(weights, pairs, count, at, found.values);
 }
 
-inline void attend(const Bf16* queries, const Pairs& pairs, const int* visible, int count, float scale,
-                   Found found) {
+inline void attend(const Bf16* queries, const Pairs& pairs, const int* visible, int count,
+                   float scale, Found found) {
   const int head_dim = pairs.head_dim;
   while (count > 0) {
     const int some = std::min(count, QUERIES_MAX);
     switch (some) {
-      case 1: attend_block<1>(queries, pairs, visible, scale, found); break;
-      case 2: attend_block<2>(queries, pairs, visible, scale, found); break;
-      case 3: attend_block<3>(queries, pairs, visible, scale, found); break;
-      case 4: attend_block<4>(queries, pairs, visible, scale, found); break;
-      case 5: attend_block<5>(queries, pairs, visible, scale, found); break;
-      default: attend_block<6>(queries, pairs, visible, scale, found); break;
+      case 1:
+        attend_block<1>(queries, pairs, visible, scale, found);
+        break;
+      case 2:
+        attend_block<2>(queries, pairs, visible, scale, found);
+        break;
+      case 3:
+        attend_block<3>(queries, pairs, visible, scale, found);
+        break;
+      case 4:
+        attend_block<4>(queries, pairs, visible, scale, found);
+        break;
+      case 5:
+        attend_block<5>(queries, pairs, visible, scale, found);
+        break;
+      default:
+        attend_block<6>(queries, pairs, visible, scale, found);
+        break;
     }
     count -= some;
     queries += size_t(some) * head_dim;

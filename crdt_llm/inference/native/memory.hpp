@@ -17,7 +17,8 @@ struct Freed {
 template <typename T>
 using Buffer = std::unique_ptr<T[], Freed>;
 
-// Uninitialised. Where there is none the process ends: nothing is in it that cannot be derived again.
+// Uninitialised. Where there is none the process ends: nothing is in it that cannot be derived
+// again.
 template <typename T>
 Buffer<T> allocate(size_t count) {
   const size_t bytes = (count * sizeof(T) + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;

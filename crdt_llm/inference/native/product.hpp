@@ -1,12 +1,12 @@
 // Products of rows with a weight matrix, `y = x W^T + b`, in two weight formats.
 //
-// A weight lies in panels of 16 outputs, in the order in which a product reads it: for each group of
-// inputs (4 in int8, 2 in bf16) the 16 outputs side by side, which is one register. Panels are padded
-// with zeros to a whole number of groups and outputs.
+// A weight lies in panels of 16 outputs, in the order in which a product reads it: for each group
+// of inputs (4 in int8, 2 in bf16) the 16 outputs side by side, which is one register. Panels are
+// padded with zeros to a whole number of groups and outputs.
 //
-// int8: sums of whole numbers, exact in any order. bf16: each output is one chain of additions along
-// the inputs, whatever the number of rows or panels computed together. Either way a row's result
-// depends on the row alone.
+// int8: sums of whole numbers, exact in any order. bf16: each output is one chain of additions
+// along the inputs, whatever the number of rows or panels computed together. Either way a row's
+// result depends on the row alone.
 #pragma once
 
 #include "memory.hpp"
@@ -22,11 +22,11 @@ struct Linear {
   int inputs;
   int outputs;
   int panels;
-  int groups;               // of inputs
-  Buffer<uint8_t> weight;   // (panels, groups, GROUP_BYTES)
-  Buffer<float> scale;      // int8: (panels * 16): what a level of an output is worth
-  Buffer<int32_t> zero;     // int8: (panels * 16): what the zero points of the rows add to a sum
-  Buffer<float> bias;       // (panels * 16), or null
+  int groups;              // of inputs
+  Buffer<uint8_t> weight;  // (panels, groups, GROUP_BYTES)
+  Buffer<float> scale;     // int8: (panels * 16): what a level of an output is worth
+  Buffer<int32_t> zero;    // int8: (panels * 16): what the zero points of the rows add to a sum
+  Buffer<float> bias;      // (panels * 16), or null
 
   // `weights`: float32 (outputs, inputs); `biases`: (outputs) or null. `order[n]` is which of them
   // becomes output n, or -1 for one of zeros.
@@ -88,8 +88,8 @@ struct Operands {
 
 // Multiply R rows with P panels, and hand each register of results on as (row, panel, values).
 template <int R, int P, typename Take>
-inline void multiply_int8(const Linear& linear, const Operands& rows, int first_row, int first_panel,
-                          Take&& take) {
+inline void multiply_int8(const Linear& linear, const Operands& rows, int first_row,
+                          int first_panel, Take&& take) {
   __m512i low[R * P], high[R * P];
   unrolled<R * P>([&](int n) INLINE { low[n] = high[n] = _mm512_setzero_si512(); });
   const size_t panel = size_t(linear.groups) * GROUP_BYTES;
@@ -123,8 +123,8 @@ inline void multiply_int8(const Linear& linear, const Operands& rows, int first_
 }
 
 template <int R, int P, typename Take>
-inline void multiply_bf16(const Linear& linear, const Operands& rows, int first_row, int first_panel,
-                          Take&& take) {
+inline void multiply_bf16(const Linear& linear, const Operands& rows, int first_row,
+                          int first_panel, Take&& take) {
   __m512 sum[R * P];
   unrolled<R * P>([&](int n) INLINE { sum[n] = _mm512_setzero_ps(); });
   const size_t panel = size_t(linear.groups) * GROUP_BYTES;
@@ -136,9 +136,7 @@ inline void multiply_bf16(const Linear& linear, const Operands& rows, int first_
     unrolled<P>([&](int p) INLINE { weight[p] = _mm512_load_si512(weights + p * panel); });
     unrolled<R>([&](int r) INLINE {
       const __m512i both = repeated(row + r * bytes);
-      unrolled<P>([&](int p) INLINE {
-        add_bf16(sum[r * P + p], both, weight[p]);
-      });
+      unrolled<P>([&](int p) INLINE { add_bf16(sum[r * P + p], both, weight[p]); });
     });
   }
   unrolled<P>([&](int p) INLINE {
@@ -154,7 +152,8 @@ constexpr int ROWS_INT8 = 3;
 constexpr int ROWS_BF16 = 6;
 
 template <int R, int P, typename Take>
-inline void multiply_block(const Linear& linear, const Operands& rows, int row, int panel, Take&& take) {
+inline void multiply_block(const Linear& linear, const Operands& rows, int row, int panel,
+                           Take&& take) {
   if (linear.format == Format::INT8) {
     if constexpr (R <= ROWS_INT8) multiply_int8<R, P>(linear, rows, row, panel, take);
   } else {
@@ -169,12 +168,24 @@ inline void multiply_rows(const Linear& linear, const Operands& rows, int row, i
   while (row < end) {
     const int count = std::min(most, end - row);
     switch (count) {
-      case 1: multiply_block<1, P>(linear, rows, row, panel, take); break;
-      case 2: multiply_block<2, P>(linear, rows, row, panel, take); break;
-      case 3: multiply_block<3, P>(linear, rows, row, panel, take); break;
-      case 4: multiply_block<4, P>(linear, rows, row, panel, take); break;
-      case 5: multiply_block<5, P>(linear, rows, row, panel, take); break;
-      default: multiply_block<6, P>(linear, rows, row, panel, take); break;
+      case 1:
+        multiply_block<1, P>(linear, rows, row, panel, take);
+        break;
+      case 2:
+        multiply_block<2, P>(linear, rows, row, panel, take);
+        break;
+      case 3:
+        multiply_block<3, P>(linear, rows, row, panel, take);
+        break;
+      case 4:
+        multiply_block<4, P>(linear, rows, row, panel, take);
+        break;
+      case 5:
+        multiply_block<5, P>(linear, rows, row, panel, take);
+        break;
+      default:
+        multiply_block<6, P>(linear, rows, row, panel, take);
+        break;
     }
     row += count;
   }
@@ -185,10 +196,18 @@ template <typename Take>
 inline void multiply(const Linear& linear, const Operands& rows, int row, int end, int panel,
                      int panels, Take&& take) {
   switch (panels) {
-    case 1: multiply_rows<1>(linear, rows, row, end, panel, take); break;
-    case 2: multiply_rows<2>(linear, rows, row, end, panel, take); break;
-    case 3: multiply_rows<3>(linear, rows, row, end, panel, take); break;
-    default: multiply_rows<4>(linear, rows, row, end, panel, take); break;
+    case 1:
+      multiply_rows<1>(linear, rows, row, end, panel, take);
+      break;
+    case 2:
+      multiply_rows<2>(linear, rows, row, end, panel, take);
+      break;
+    case 3:
+      multiply_rows<3>(linear, rows, row, end, panel, take);
+      break;
+    default:
+      multiply_rows<4>(linear, rows, row, end, panel, take);
+      break;
   }
 }
 

@@ -1,9 +1,9 @@
 // The forward step of the Llama family on a CPU with AVX-512 VNNI and BF16, as one C interface.
 //
-// Rows of embeddings in; keys, values and the last hidden state of each row out, into the slots of a
-// pool. Who calls owns the pool, knows the ids, and sees to it that no two chunks share a slot.
-// See arithmetic.hpp, product.hpp and attention.hpp for why a row's result depends on the row and on
-// what is before it alone, bit for bit.
+// Rows of embeddings in; keys, values and the last hidden state of each row out, into the slots of
+// a pool. Who calls owns the pool, knows the ids, and sees to it that no two chunks share a slot.
+// See arithmetic.hpp, product.hpp and attention.hpp for why a row's result depends on the row and
+// on what is before it alone, bit for bit.
 #include <vector>
 
 #include "attention.hpp"
@@ -12,7 +12,8 @@
 
 namespace crdt_llm {
 
-// -- what crosses the interface; the same in kernels.py ---------------------------------------------
+// -- what crosses the interface; the same in kernels.py
+// ---------------------------------------------
 
 struct Sizes {
   int32_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, format;
@@ -43,20 +44,23 @@ struct Chunk {
   const int64_t* slots;  // (tiles)
 };
 
-// -- the model --------------------------------------------------------------------------------------
+// -- the model
+// --------------------------------------------------------------------------------------
 
 namespace {
 
-constexpr int FEW_ROWS = 2;         // each thread makes their operands for itself: no barrier
-constexpr int ROWS_A_TASK = 24;     // of a product: a multiple of what is computed together
-constexpr int SPLIT_ROWS_MAX = 4;   // chunks of up to so many rows share their tiles out to threads
-constexpr int ROWS_A_BLOCK = 32;    // of attention, in longer chunks
+constexpr int FEW_ROWS = 2;        // each thread makes their operands for itself: no barrier
+constexpr int ROWS_A_TASK = 24;    // of a product: a multiple of what is computed together
+constexpr int SPLIT_ROWS_MAX = 4;  // chunks of up to so many rows share their tiles out to threads
+constexpr int ROWS_A_BLOCK = 32;   // of attention, in longer chunks
 
 std::vector<float> copied(const float* values, size_t count) {
   return values ? std::vector<float>(values, values + count) : std::vector<float>();
 }
 
-const float* or_null(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
+const float* or_null(const std::vector<float>& values) {
+  return values.empty() ? nullptr : values.data();
+}
 
 std::vector<int32_t> in_order(int count) {
   std::vector<int32_t> order(count);
@@ -90,7 +94,8 @@ struct Layer {
                       sizes.heads * sizes.head_dim)),
         gate_up(linear(sizes, from.gate_up, from.gate_up_bias, in_turn(sizes.intermediate),
                        sizes.hidden)),
-        down(linear(sizes, from.down, from.down_bias, in_order(sizes.hidden), sizes.intermediate)) {}
+        down(linear(sizes, from.down, from.down_bias, in_order(sizes.hidden), sizes.intermediate)) {
+  }
 
  private:
   static Linear linear(const Sizes& sizes, const float* weights, const float* biases,
@@ -160,14 +165,18 @@ class Model {
     for (int index = 0; index < team_.most(); ++index) {
       desks_.emplace_back(sizes.head_dim);
       desks_.back().operands.reserve(FEW_ROWS, operand_bytes_);
-      desks_.back().row.resize(std::max(width_, round_up(sizes.intermediate, LANES)));
+      desks_.back().row.resize(std::max(sizes.hidden, width_));
       desks_.back().visible.resize(size_t(ROWS_A_BLOCK) * group_);
     }
   }
 
-  void add_layer(const LayerWeights& weights) { layers_.emplace_back(sizes_, weights); }
+  void add_layer(const LayerWeights& weights) {
+    const PlainFloats plain;
+    layers_.emplace_back(sizes_, weights);
+  }
 
   void set_head(const float* norm, const float* weights) {
+    const PlainFloats plain;
     norm_ = copied(norm, sizes_.hidden);
     head_ = std::make_unique<Linear>(Format(sizes_.format), weights, nullptr,
                                      in_order(sizes_.vocabulary).data(), sizes_.vocabulary,
@@ -183,14 +192,16 @@ class Model {
     rows_ = rows;
     reserve();
     team_.run(threads, [&](int index) {
-      const Operands operands = make_rows(desks_[index], sizes_.hidden, nullptr, [&](int row, float* to) {
-        const Bf16* from = hidden + size_t(row) * sizes_.hidden;
-        for (int at = 0; at < sizes_.hidden; at += LANES) {
-          const __mmask16 lanes = first_lanes(sizes_.hidden - at);
-          _mm512_mask_storeu_ps(to + at, lanes, widen(_mm256_maskz_loadu_epi16(lanes, from + at)));
-        }
-        return Source{to, 1.0f};
-      });
+      const Operands operands =
+          make_rows(desks_[index], sizes_.hidden, nullptr, [&](int row, float* to) {
+            const Bf16* from = hidden + size_t(row) * sizes_.hidden;
+            for (int at = 0; at < sizes_.hidden; at += LANES) {
+              const __mmask16 lanes = first_lanes(sizes_.hidden - at);
+              _mm512_mask_storeu_ps(to + at, lanes,
+                                    widen(_mm256_maskz_loadu_epi16(lanes, from + at)));
+            }
+            return Source{to, 1.0f};
+          });
       product(*head_, operands, [&](int row, int panel, __m512 values) {
         _mm512_mask_storeu_ps(out + size_t(row) * sizes_.vocabulary + panel * LANES,
                               first_lanes(sizes_.vocabulary - panel * LANES), values);
@@ -219,8 +230,8 @@ class Model {
         for (int part = 0; part < parts; ++part) {
           for (int row = 0; row < rows; row += ROWS_A_BLOCK) {
             const int some = std::min(ROWS_A_BLOCK, rows - row);
-            shares_.push_back({chunk, head, row, some, part, split ? 1 : tiles,
-                               found + size_t(row) * group_});
+            shares_.push_back(
+                {chunk, head, row, some, part, split ? 1 : tiles, found + size_t(row) * group_});
           }
           found += size_t(rows) * group_;
         }
@@ -228,7 +239,8 @@ class Model {
       rows_ += rows;
     }
     chunk_of_.clear();
-    for (int chunk = 0; chunk < count; ++chunk) chunk_of_.insert(chunk_of_.end(), chunks[chunk].rows, chunk);
+    for (int chunk = 0; chunk < count; ++chunk)
+      chunk_of_.insert(chunk_of_.end(), chunks[chunk].rows, chunk);
     reserve();
     if (found > found_room_) {
       found_room_ = found;
@@ -260,31 +272,41 @@ class Model {
     };
     for (int index = 0; index < sizes_.layers; ++index) {
       const Layer& layer = layers_[index];
-      product(layer.queries_keys_values, make_rows(desk, hidden, layer.attention_norm.data(), normed),
+      product(layer.queries_keys_values,
+              make_rows(desk, hidden, layer.attention_norm.data(), normed),
               [&](int row, int panel, __m512 values) {
                 _mm512_mask_storeu_ps(vectors_.get() + size_t(row) * vector_ + panel * LANES,
                                       first_lanes(vector_ - panel * LANES), values);
               });
-      team_.each(rows_, [&](int row) { place(row, index, or_null(layer.head_norm), chunks, pool); });
-      team_.each(int(shares_.size()), [&](int n) { attend_share(shares_[n], index, chunks, pool, desk); });
-      product(layer.output, make_rows(desk, width_, nullptr, [&](int row, float* to) {
-        gather(row, to);
-        return Source{to, 1.0f};
-      }), add_to_state);
+      team_.each(rows_,
+                 [&](int row) { place(row, index, or_null(layer.head_norm), chunks, pool); });
+      team_.each(int(shares_.size()),
+                 [&](int n) { attend_share(shares_[n], index, chunks, pool, desk); });
+      product(layer.output,
+              make_rows(desk, width_, nullptr,
+                        [&](int row, float* to) {
+                          gather(row, to);
+                          return Source{to, 1.0f};
+                        }),
+              add_to_state);
       product(layer.gate_up, make_rows(desk, hidden, layer.mlp_norm.data(), normed),
               [&](int row, int panel, __m512 values) {
                 float* to = gated_.get() + size_t(row) * gated + panel / 2 * LANES;
-                _mm512_storeu_ps(to, panel % 2 ? _mm512_mul_ps(_mm512_loadu_ps(to), values) : silu(values));
+                _mm512_storeu_ps(
+                    to, panel % 2 ? _mm512_mul_ps(_mm512_loadu_ps(to), values) : silu(values));
               });
-      product(layer.down, make_rows(desk, sizes_.intermediate, nullptr, [&](int row, float*) {
-        return Source{gated_.get() + size_t(row) * gated, 1.0f};
-      }), add_to_state);
+      product(layer.down,
+              make_rows(desk, sizes_.intermediate, nullptr,
+                        [&](int row, float*) {
+                          return Source{gated_.get() + size_t(row) * gated, 1.0f};
+                        }),
+              add_to_state);
     }
     team_.each(rows_, [&](int row) { finish(state + size_t(row) * hidden, row, chunks, pool); });
   }
 
-  // Operands of all rows: `source(row, scratch)` says what of. Few rows are made by every thread for
-  // itself, which is quicker than to wait for each other.
+  // Operands of all rows: `source(row, scratch)` says what of. Few rows are made by every thread
+  // for itself, which is quicker than to wait for each other.
   template <typename Of>
   Operands make_rows(Desk& desk, int width, const float* gain, Of&& source) {
     const Format format = Format(sizes_.format);
@@ -333,9 +355,10 @@ class Model {
     for (int head = 0; head < sizes_.heads + 2 * sizes_.kv_heads; ++head) {
       float* from = heads + size_t(head) * dim;
       const int kv_head = head - sizes_.heads;
-      Bf16* to = kv_head >= 0 ? kv_at(pool, slot, layer, kv_head) + offset
-                              : queries_.get()
-                                    + ((size_t(head / group_) * rows_ + row) * group_ + head % group_) * dim;
+      Bf16* to = kv_head >= 0
+                     ? kv_at(pool, slot, layer, kv_head) + offset
+                     : queries_.get() +
+                           ((size_t(head / group_) * rows_ + row) * group_ + head % group_) * dim;
       if (kv_head >= sizes_.kv_heads) {  // a value: as it is
         for (int at = 0; at < dim; at += LANES) {
           _mm256_storeu_si256((__m256i*)(to + at), narrow(_mm512_loadu_ps(from + at)));
@@ -352,7 +375,8 @@ class Model {
       }
       for (int at = 0; at < dim; at += LANES) {
         const __m512 turned = _mm512_mul_ps(rolled(from, at, dim), _mm512_loadu_ps(sines + at));
-        const __m512 x = _mm512_fmadd_ps(_mm512_loadu_ps(from + at), _mm512_loadu_ps(cosines + at), turned);
+        const __m512 x =
+            _mm512_fmadd_ps(_mm512_loadu_ps(from + at), _mm512_loadu_ps(cosines + at), turned);
         _mm256_storeu_si256((__m256i*)(to + at), narrow(x));
       }
     }
@@ -363,7 +387,8 @@ class Model {
             found_values_.get() + query * sizes_.head_dim};
   }
 
-  void attend_share(const Share& share, int layer, const Chunk* chunks, const Pool& pool, Desk& desk) {
+  void attend_share(const Share& share, int layer, const Chunk* chunks, const Pool& pool,
+                    Desk& desk) {
     const Chunk& chunk = chunks[share.chunk];
     const int dim = sizes_.head_dim, queries = share.rows * group_;
     const int row = places_[share.chunk].row + share.row;
@@ -378,7 +403,8 @@ class Model {
         most = std::max(most, desk.visible[q]);
       }
       pair_up(kv_at(pool, chunk.slots[tile], layer, share.head),
-              kv_at(pool, chunk.slots[tile], layer, sizes_.kv_heads + share.head), most, desk.pairs);
+              kv_at(pool, chunk.slots[tile], layer, sizes_.kv_heads + share.head), most,
+              desk.pairs);
       if (tile == share.tile) {
         attend(query, desk.pairs, desk.visible.data(), queries, scale, found);
       } else {
@@ -406,7 +432,8 @@ class Model {
       float* values = to + size_t(head) * dim;
       float peak = 0.0f, sum = 0.0f;
       for (int part = 0; part < place.parts; ++part) {
-        const size_t before = (size_t(head / group_) * place.parts + part) * rows + (row - place.row);
+        const size_t before =
+            (size_t(head / group_) * place.parts + part) * rows + (row - place.row);
         const Found found = found_at(place.found + before * group_ + head % group_);
         if (part == 0) {
           peak = *found.peak;
@@ -466,13 +493,16 @@ extern "C" {
 
 using crdt_llm::Model;
 
-Model* crdt_llm_new(const crdt_llm::Sizes* sizes, const float* cosines, const float* sines, int threads) {
+Model* crdt_llm_new(const crdt_llm::Sizes* sizes, const float* cosines, const float* sines,
+                    int threads) {
   return new Model(*sizes, cosines, sines, threads);
 }
 
 void crdt_llm_free(Model* model) { delete model; }
 
-void crdt_llm_add_layer(Model* model, const crdt_llm::LayerWeights* weights) { model->add_layer(*weights); }
+void crdt_llm_add_layer(Model* model, const crdt_llm::LayerWeights* weights) {
+  model->add_layer(*weights);
+}
 
 void crdt_llm_set_head(Model* model, const float* norm, const float* weights) {
   model->set_head(norm, weights);

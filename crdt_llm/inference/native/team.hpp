@@ -1,24 +1,32 @@
 // The threads that compute a step together.
 //
-// A step is a sequence of phases, each a number of tasks that threads take one by one, with a barrier
-// behind it: a thread that the system puts aside holds up the one task it has. Who waits looks for
-// some microseconds before it lets others run or goes to sleep, since phases are that short.
+// A step is a sequence of phases, each a number of tasks that threads take one by one, with a
+// barrier behind it: a thread that the system puts aside holds up the one task it has. Who waits
+// looks for some microseconds before it lets others run or goes to sleep, since phases are that
+// short.
 #pragma once
 
-#include <immintrin.h>
 #include <sched.h>
 
 #include <atomic>
 #include <functional>
+#include <system_error>
 #include <thread>
 #include <vector>
+
+#include "arithmetic.hpp"
 
 namespace crdt_llm {
 
 class Team {
  public:
   explicit Team(int most) {
-    for (int index = 1; index < most; ++index) helpers_.emplace_back([this, index] { help(index); });
+    try {
+      for (int index = 1; index < std::min(most, int(CALL) - 1); ++index) {
+        helpers_.emplace_back([this, index] { help(index); });
+      }
+    } catch (const std::system_error&) {  // the system allows no more: those that there are will do
+    }
   }
 
   ~Team() {
@@ -42,6 +50,7 @@ class Team {
       call_.store(number * CALL + uint32_t(threads_), std::memory_order_release);
       call_.notify_all();
     }
+    const PlainFloats plain;
     body(0);
     wait_for_all();
   }
@@ -63,8 +72,10 @@ class Team {
       next_.store(0, std::memory_order_relaxed);
       return;
     }
+    // Read before arriving: once all have, the next call may say otherwise.
+    const int threads = threads_;
     const uint32_t phase = phase_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
       arrived_.store(0, std::memory_order_relaxed);
       next_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
@@ -80,6 +91,7 @@ class Team {
   }
 
   void help(int index) {
+    const PlainFloats plain;
     uint32_t seen = 0;
     while (true) {
       uint32_t call;
