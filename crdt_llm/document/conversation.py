@@ -559,21 +559,36 @@ class Conversation:
             writer.change = self._settle(origin)
 
     def _write_seals(self, seals: Sequence[Callable[[Doc[Any]], None]]) -> None:
-        if self._seal_client_id is None:
-            raise LocalMisuse("this replica was opened without a client id for sealed fields")
-        if self._seal is None:
-            self._seal = Doc(client_id=self._seal_client_id)
-            self._seal.apply_update(self._doc.get_update())
+        seal = self._seal
+        if seal is None:
+            seal = self._seal = self._second()
         elif self._updates:
-            self._seal.apply_update(self._updates[-1])
+            seal.apply_update(self._updates[-1])
         sealed: list[bytes] = []
-        subscription = self._seal.observe(lambda event: sealed.append(bytes(event.update)))
-        with self._seal.transaction():
+        subscription = seal.observe(lambda event: sealed.append(bytes(event.update)))
+        with seal.transaction():
             for write in seals:
-                write(self._seal)
-        self._seal.unobserve(subscription)
+                write(seal)
+        seal.unobserve(subscription)
         for update in sealed:
             self._doc.apply_update(update)
+
+    def _second(self) -> Doc[Any]:
+        """A copy under the seal's own client id."""
+        if self._seal_client_id is None:
+            raise LocalMisuse("this replica was opened without a client id for sealed fields")
+        seal: Doc[Any] = Doc(client_id=self._seal_client_id)
+        seal.apply_update(self._doc.get_update())
+        return seal
+
+    def hold_seal(self) -> None:
+        """Make the second replica that sealed fields are written in before it is needed.
+
+        It costs what the document has grown to, and a reply is best begun without that.
+        """
+        self._check_idle()
+        if self._seal is None:
+            self._seal = self._second()
 
     def release_seal(self) -> None:
         """Let go of the second replica that sealed fields are written in, until it is needed."""

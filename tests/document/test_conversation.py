@@ -395,8 +395,30 @@ def test_a_replica_is_left_alone_while_it_is_written() -> None:
     assert here.apply(update).is_empty  # and is well afterwards
 
 
+def test_a_seal_that_is_held_before_it_is_needed_follows_what_comes_meanwhile() -> None:
+    held, plain = asked(), asked()
+    held.hold_seal()
+    held.hold_seal()
+    for conversation in (held, plain):
+        with conversation.writing() as writer:
+            writer.set_meta("title", "meanwhile")
+        with conversation.writing() as writer:
+            writer.append_text(SLOT, "so")
+            writer.append_sealed(SLOT, b"one")
+        conversation.release_seal()
+        with conversation.writing() as writer:
+            writer.append_sealed(SLOT, b"two")
+    assert contents(held) == contents(plain)
+    assert contents(Conversation(9, update=held.diff())) == contents(held)
+    entry = held.entry(SLOT)
+    assert entry is not None
+    assert (entry.content, entry.sealed) == ("so", (b"one", b"two"))
+
+
 def test_sealing_needs_a_client_id_and_an_open_reply() -> None:
     plain = asked(seal_client_id=None)
+    with pytest.raises(LocalMisuse):
+        plain.hold_seal()
     with pytest.raises(LocalMisuse), plain.writing() as writer:
         writer.append_sealed(SLOT, b"1")
     node = asked()
