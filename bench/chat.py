@@ -52,7 +52,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limits import Limit, Machine, Matrices, measure
-from ours import CrdtLlm, conversations, serving, weight_formats
+from ours import CrdtLlm, conversations, serving
 from peer import LAST, TURN_S_MAX, Skipped, Summary
 from theirs import GENERATE, llama_cpp, transformers, vllm
 from verdicts import Verdict, rounded, show
@@ -175,12 +175,8 @@ async def _peers(
 ) -> tuple[list[Peer], dict[str, str]]:
     peers: list[Peer] = []
     skipped: dict[str, str] = {}
-    formats = weight_formats()
     for name, weights in ROWS.items():
-        if weights not in formats:
-            skipped[name] = "crdt-llm serve has no other weights"
-            continue
-        words = ["--weights", weights] if len(formats) > 1 else []
+        words = ("--weights", weights)
         server = await stack.enter_async_context(serving(folder, model, words, f"server-{weights}"))
         ours = conversations(server, folder / f"client-{weights}", 2)
         mine, typed = await stack.enter_async_context(ours)

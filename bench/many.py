@@ -4,6 +4,8 @@ For each context length, every peer first reads a text of that length in each of
 and answers a little; then all eight are asked at the same moment, and stream 64 tokens each. The
 rate is all tokens by the time from the first token of any to the last token of all; the gap is the
 longest pause between two parts of any stream, against the median pause.
+A part is what a client gets at once: a token with most servers, and with ours the tokens of a
+window of some 0.1 s, which makes the median pause longer.
 
 The bars, for each context length: the total rate is at least that of the best other peer, and the
 longest pause at most 4 times the median one.

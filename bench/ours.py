@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import sys
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -33,7 +32,6 @@ WORDS = (
 )
 TOKENS_OF_WORDS = 21  # with the default model's tokenizer
 WORDS_OF_ENTRY = 10  # of an entry that makes a conversation longer
-HELP_S_MAX = 60  # of a program that prints how it is used
 WASTED = "crdt_llm_node_drafts_wasted_tokens_total"
 
 
@@ -130,13 +128,6 @@ async def fill(conversation: OpenConversation, tokens: int) -> None:
     for first in range(0, words, WORDS_OF_ENTRY):
         count = min(WORDS_OF_ENTRY, words - first)
         await conversation.send(" ".join([WORDS] * count))
-
-
-def weight_formats() -> tuple[str, ...]:
-    """The weight formats that ``crdt-llm serve`` offers, its own choice first."""
-    words = [sys.executable, "-m", "crdt_llm", "serve", "--help"]
-    done = subprocess.run(words, check=True, capture_output=True, timeout=HELP_S_MAX)  # noqa: S603 - our own words
-    return ("int8", "bf16") if b"--weights" in done.stdout else ("int8",)
 
 
 @asynccontextmanager

@@ -165,7 +165,8 @@ async def llama_cpp(folder: Path, slots: int = 1) -> AsyncIterator[Chats]:
     words = [str(program), str(gguf), str(port), str(THREADS), str(slots)]
     async with process(python, *words, log=folder / "llama.log") as child:
         await line(child, STARTUP_S_MAX)
-        async with _client(port) as client:
+        # It closes a connection behind a reply, and a request that comes just then is lost.
+        async with _client(port, connections_kept=0) as client:
             yield lambda count: [OpenAi("llama.cpp (Q4_1)", client) for _ in range(count)]
 
 
@@ -207,8 +208,9 @@ async def vllm(folder: Path, model: Path) -> AsyncIterator[Chats]:
         yield lambda count: [OpenAi("vLLM (bf16)", client, VLLM_REST_S) for _ in range(count)]
 
 
-def _client(port: int) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TURN_S_MAX)
+def _client(port: int, connections_kept: int | None = None) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_keepalive_connections=connections_kept)
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TURN_S_MAX, limits=limits)
 
 
 async def _until_up(child: Process, client: httpx.AsyncClient, log: Path) -> None:
