@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from crdt_llm.inference.kv import TILE
-from crdt_llm.inference.pool import KV_DTYPE, Chunk, KvPool
+from crdt_llm.inference.pool import KV_DTYPE, Chunk, KvPool, RowShape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -171,7 +171,7 @@ def wide_blocks_agree(heads: int, kv_heads: int, head_dim: int) -> bool:
     is masked and in one that is not.
     """
     generator = torch.Generator().manual_seed(1)
-    pool = KvPool(2, 1, kv_heads, head_dim, 1)
+    pool = KvPool(2, RowShape(1, kv_heads, head_dim, 1))
     pool.kv.copy_(torch.randn(pool.kv.shape, generator=generator))
     for offset in range(0, TILE, 4 * WIDE_BLOCK):
         chunk = Chunk(TILE + offset, 2 * WIDE_BLOCK, (0, 1))

@@ -23,9 +23,10 @@ import torch
 
 from crdt_llm.errors import ModelUnusable
 from crdt_llm.inference.cpu import cpu_features
+from crdt_llm.inference.engine import BIT_EXACT
 from crdt_llm.inference.native import KernelsUnavailable
 from crdt_llm.inference.native_step import NativeStep
-from crdt_llm.inference.pool import KV_DTYPE, KvPool
+from crdt_llm.inference.pool import KV_DTYPE, KvPool, RowShape
 from crdt_llm.inference.torch_step import TorchStep
 from crdt_llm.inference.weights import (
     BF16,
@@ -63,8 +64,29 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of a model folder, as it is written there.
 
     Raises:
-        ModelUnusable: it is missing, damaged, or describes what this engine does not compute.
+        ModelUnusable: it is missing, damaged, or describes what is not computed here.
     """
+    config = _parse_config(folder)
+    reason = _find_refusal(config)
+    if reason is not None:
+        message = (
+            f"the model (type {config.get('model_type')}) {reason}, which the torch engine cannot "
+            f"run exactly: it runs {', '.join(sorted(MODEL_TYPES))} with full attention"
+        )
+        raise ModelUnusable(message)
+    return config
+
+
+def is_of_the_family(folder: Path) -> bool:
+    """Whether the configuration of a model folder describes what is computed here.
+
+    Raises:
+        ModelUnusable: it is missing or damaged.
+    """
+    return _find_refusal(_parse_config(folder)) is None
+
+
+def _parse_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -74,11 +96,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelUnusable(f"{file} is damaged: fetch the model again") from error
     if not isinstance(config, dict):
         raise ModelUnusable(f"{file} is damaged: fetch the model again")
-    _check_supported(config)
     return config
 
 
-def _check_supported(config: dict[str, Any]) -> None:
+def _find_refusal(config: dict[str, Any]) -> str | None:
+    """Why a model is not computed here, or None if it is."""
     kind = config.get("model_type")
     # Mistral's window is on unless it is written as null; Qwen's is off unless it is switched on.
     window = config.get("sliding_window", 4096 if kind == "mistral" else None) is not None
@@ -97,13 +119,7 @@ def _check_supported(config: dict[str, Any]) -> None:
         (rope["rope_type"] not in ROPE_TYPES, "has a rotation that changes with length"),
         (rope.get("partial_rotary_factor", 1) != 1, "rotates a part of each head only"),
     )
-    for refused, reason in refusals:
-        if refused:
-            message = (
-                f"the model (type {kind}) {reason}, which the torch engine cannot "
-                f"run exactly: it runs {', '.join(sorted(MODEL_TYPES))} with full attention"
-            )
-            raise ModelUnusable(message)
+    return next((reason for refused, reason in refusals if refused), None)
 
 
 def read_rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -224,6 +240,7 @@ class Llama:
     ) -> None:
         config = read_config(folder)
         shape = self.shape = read_shape(config)
+        self._rows = RowShape(shape.layers, shape.kv_heads, shape.head_dim, shape.hidden)
         self.weight_format = weight_format
         tables = _rotations(folder, read_rope(config), shape)
         self._step = _choose_step(shape, tables, weight_format, native=native)
@@ -243,26 +260,28 @@ class Llama:
         weights.check_empty()
 
     @property
+    def exactness(self) -> int:
+        """See :class:`~crdt_llm.inference.model.Model`."""
+        return BIT_EXACT
+
+    @property
+    def positions(self) -> int:
+        """See :class:`~crdt_llm.inference.model.Model`."""
+        return self.shape.positions
+
+    @property
+    def vocabulary(self) -> int:
+        """See :class:`~crdt_llm.inference.model.Model`."""
+        return self.shape.vocabulary
+
+    @property
     def slot_bytes(self) -> int:
-        """Memory that a tile of KV takes."""
-        shape = self.shape
-        return KvPool.slot_bytes(shape.layers, shape.kv_heads, shape.head_dim, shape.hidden)
+        """See :class:`~crdt_llm.inference.model.Model`."""
+        return self._rows.slot_bytes
 
     def new_pool(self, memory_bytes: int) -> KvPool:
-        """A pool of as many slots as fit the memory.
-
-        Raises:
-            ModelUnusable: not even two slots fit.
-        """
-        shape, slot_bytes = self.shape, self.slot_bytes
-        count = memory_bytes // slot_bytes
-        if count < SLOTS_MIN:
-            message = (
-                f"a KV memory of {memory_bytes} bytes is too small for this model: "
-                f"give it at least {SLOTS_MIN * slot_bytes}"
-            )
-            raise ModelUnusable(message)
-        return KvPool(count, shape.layers, shape.kv_heads, shape.head_dim, shape.hidden)
+        """See :class:`~crdt_llm.inference.model.Model`."""
+        return KvPool.within(memory_bytes, self._rows)
 
     def forward(self, ids: Tensor, chunks: Sequence[Chunk], pool: KvPool) -> None:
         """Compute the rows of one or more chunks, each into the last of its slots.
@@ -308,10 +327,6 @@ def _choose_step(
     if native is None:
         logger.warning("the native step cannot be used (%s): replies will be slower", reason)
     return TorchStep(shape, *tables)
-
-
-SLOTS_MIN = 2
-"""A path that leaves a tile in the middle needs the tile and its copy."""
 
 
 def _rotations(folder: Path, rope: dict[str, Any], shape: Shape) -> tuple[Tensor, Tensor]:

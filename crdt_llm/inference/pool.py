@@ -1,8 +1,8 @@
 """The memory of KV: slots of one tile each, and the rows of a forward step among them.
 
-Owns the layout of keys, values and hidden states. It knows no ids, no paths and no arithmetic:
-which slot holds what is the affair of :mod:`~crdt_llm.inference.kv`, and what is computed into it
-that of the two forward steps.
+Owns the layout of keys, values and hidden states, on which device they are, and the way between
+there and the host. It knows no ids, no paths and no arithmetic: which slot holds what is the affair
+of :mod:`~crdt_llm.inference.kv`, and what is computed into it that of a model.
 """
 
 from __future__ import annotations
@@ -13,23 +13,57 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from crdt_llm.errors import LocalMisuse
+from crdt_llm.errors import LocalMisuse, ModelUnusable
 from crdt_llm.inference.kv import TILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Self
 
 KV_DTYPE = torch.bfloat16
 """What keys and values are kept in: half the memory of float32, and as fast in the kernel."""
 
+HOST = torch.device("cpu")
 
-def _lazy_zeros(*shape: int) -> torch.Tensor:
-    """Zeroed memory that the system maps when it is first touched.
+SLOTS_MIN = 2
+"""A path that leaves a tile in the middle needs the tile and its copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """What one row of a pool holds.
+
+    Args:
+        layers: of the model.
+        kv_heads: heads of keys; as many of values.
+        head_dim: size of a head.
+        hidden: width of the last hidden state.
+        dtype: of all of them.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    dtype: torch.dtype = KV_DTYPE
+
+    @property
+    def slot_bytes(self) -> int:
+        """Memory of a slot."""
+        values = 2 * self.layers * self.kv_heads * self.head_dim + self.hidden
+        return TILE * values * self.dtype.itemsize
+
+
+def _lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeroed memory; on the host the system maps it when it is first touched.
 
     numpy asks for it with ``calloc``; ``torch.zeros`` writes every byte, which for the whole budget
     takes seconds and makes it resident at once.
     """
-    return torch.from_numpy(np.zeros(shape, np.uint16)).view(KV_DTYPE)
+    if device.type != HOST.type:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    width = dtype.itemsize
+    return torch.from_numpy(np.zeros((*shape[:-1], shape[-1] * width), np.uint8)).view(dtype)
 
 
 class KvPool:
@@ -40,25 +74,36 @@ class KvPool:
 
     Args:
         count: slots.
-        layers: of the model.
-        kv_heads: heads of keys; as many of values.
-        head_dim: size of a head.
-        hidden: width of the last hidden state.
+        shape: of a row.
+        device: where they are.
     """
 
-    def __init__(self, count: int, layers: int, kv_heads: int, head_dim: int, hidden: int) -> None:
-        self.kv = _lazy_zeros(count, layers, 2 * kv_heads, TILE, head_dim)
-        self.hidden = _lazy_zeros(count, TILE, hidden)
+    def __init__(self, count: int, shape: RowShape, device: torch.device = HOST) -> None:
+        kv_heads, head_dim = shape.kv_heads, shape.head_dim
+        kv = (count, shape.layers, 2 * kv_heads, TILE, head_dim)
+        self.kv = _lazy_zeros(kv, shape.dtype, device)
+        self.hidden = _lazy_zeros((count, TILE, shape.hidden), shape.dtype, device)
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         # Views by layer, ``(count, kv_heads, TILE, head_dim)``: a decode step makes no others.
         self.keys = self.kv[:, :, :kv_heads].unbind(1)
         self.values = self.kv[:, :, kv_heads:].unbind(1)
 
-    @staticmethod
-    def slot_bytes(layers: int, kv_heads: int, head_dim: int, hidden: int) -> int:
-        """Memory of one slot."""
-        return TILE * (2 * layers * kv_heads * head_dim + hidden) * KV_DTYPE.itemsize
+    @classmethod
+    def within(cls, memory_bytes: int, shape: RowShape, device: torch.device = HOST) -> Self:
+        """A pool of as many slots as fit the memory.
+
+        Raises:
+            ModelUnusable: not even two slots fit.
+        """
+        count = memory_bytes // shape.slot_bytes
+        if count < SLOTS_MIN:
+            message = (
+                f"a KV memory of {memory_bytes} bytes is too small for this model: "
+                f"give it at least {SLOTS_MIN * shape.slot_bytes}"
+            )
+            raise ModelUnusable(message)
+        return cls(count, shape, device)
 
     @property
     def count(self) -> int:
@@ -69,6 +114,22 @@ class KvPool:
         """Copy the rows ``[0, rows)`` of a slot into another."""
         self.kv[target, :, :, :rows] = self.kv[source, :, :, :rows]
         self.hidden[target, :rows] = self.hidden[source, :rows]
+
+    def read(self, slot: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows ``[0, rows)`` of a slot, contiguous and on the host.
+
+        Returns:
+            keys and values, ``(layers, 2 * kv_heads, rows, head_dim)``, and hidden states,
+            ``(rows, hidden)``.
+        """
+        kv = self.kv[slot, :, :, :rows].contiguous()
+        return kv.to(HOST), self.hidden[slot, :rows].to(HOST)
+
+    def write(self, slot: int, first: int, kv: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Set the rows of a slot from ``first`` on to rows of the host, shaped as :meth:`read`."""
+        end = first + len(hidden)
+        self.kv[slot, :, :, first:end].copy_(kv)
+        self.hidden[slot, first:end].copy_(hidden)
 
     def wipe(self, slot: int, start: int) -> None:
         """Set the rows ``[start, TILE)`` of a slot to zero."""

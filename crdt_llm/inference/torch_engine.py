@@ -23,7 +23,6 @@ from crdt_llm.errors import EngineBusy, LocalMisuse, PromptTooLong
 from crdt_llm.inference.attention import WIDE_BLOCK
 from crdt_llm.inference.checkpoint import DISK_BYTES, Checkpoints, Rows
 from crdt_llm.inference.engine import (
-    BIT_EXACT,
     Capabilities,
     Finished,
     KvDigest,
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     from crdt_llm.errors import CrdtLlmError
     from crdt_llm.inference.engine import FinishReason, SamplingParams
     from crdt_llm.inference.kv import Extent, Path, Tile
-    from crdt_llm.inference.llama import Llama
+    from crdt_llm.inference.model import Model
     from crdt_llm.inference.schedule import Kind, Step
 
     Event = Queued | Prefilled | Sampled | Finished | KvDigest | Scored | CrdtLlmError
@@ -123,7 +122,7 @@ class TorchEngine:
 
     def __init__(
         self,
-        model: Llama,
+        model: Model,
         kv_memory_bytes: int = KV_MEMORY_BYTES,
         kv_folder: FilePath | None = None,
         kv_disk_bytes: int = DISK_BYTES,
@@ -136,15 +135,14 @@ class TorchEngine:
         if kv_folder is not None:
             kv = Checkpoints(kv_folder, self._model.fingerprint, kv_disk_bytes)
         self._begin(kv)
-        shape = self._model.shape
         # A path that the memory could never hold is too long, not unlucky. One tile stays for the
         # copy that a path needs where it leaves another in the middle of its last tile.
         room = (self._pool.count - 1) * TILE
         self.capabilities = Capabilities(
             fingerprint=self._model.fingerprint,
-            exactness=BIT_EXACT,
-            positions=min(shape.positions, room),
-            vocabulary=shape.vocabulary,
+            exactness=self._model.exactness,
+            positions=min(self._model.positions, room),
+            vocabulary=self._model.vocabulary,
             weight_format=self._model.weight_format,
         )
 
@@ -390,8 +388,7 @@ class TorchEngine:
         if extent is None or extent.slot in planned:
             return True
         first, last = extent.offset, extent.offset + end - path.length
-        self._pool.kv[extent.slot, :, :, first:last] = rows.kv[:, :, first:last]
-        self._pool.hidden[extent.slot, first:last] = rows.hidden[first:last]
+        self._pool.write(extent.slot, first, rows.kv[:, :, first:last], rows.hidden[first:last])
         path.append(request.ids[path.length : end])
         path.restored()
         self._load_pace.note(self._clock() - before)
@@ -402,11 +399,8 @@ class TorchEngine:
         if self._checkpoints is None:
             return
         ids = tile.path
-        rows = Rows(
-            ids=ids[: len(ids) - len(tile.tokens) + tile.kept],
-            kv=self._pool.kv[tile.slot, :, :, : tile.kept].contiguous(),
-            hidden=self._pool.hidden[tile.slot, : tile.kept],
-        )
+        kv, hidden = self._pool.read(tile.slot, tile.kept)
+        rows = Rows(ids[: len(ids) - len(tile.tokens) + tile.kept], kv, hidden)
         self._checkpoints.save(rows)
         tile.saved = tile.kept
 
@@ -494,7 +488,7 @@ class TorchEngine:
             rows = min(TILE, len(request.ids) - index * TILE)
             digest = tile.digest
             if digest is None or rows < TILE:
-                values = self._pool.kv[tile.slot, :, :, :rows].contiguous()
+                values, _ = self._pool.read(tile.slot, rows)
                 digest = hashlib.sha256(values.view(torch.uint8).numpy().data).digest()
                 if rows == TILE:
                     tile.digest = digest

@@ -17,7 +17,7 @@ from crdt_llm.inference.attention import (
     wide_blocks_agree,
 )
 from crdt_llm.inference.kv import TILE
-from crdt_llm.inference.pool import Chunk, KvPool
+from crdt_llm.inference.pool import Chunk, KvPool, RowShape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ def attend(
     generator = torch.Generator().manual_seed(7)
     queries = torch.randn(LENGTH, query_heads, head_dim, generator=generator)
     keys_values = torch.randn(LENGTH, 2 * kv_heads, head_dim, generator=generator)
-    pool = KvPool(8, 2, kv_heads, head_dim, 16)
+    pool = KvPool(8, RowShape(2, kv_heads, head_dim, 16))
     outputs = []
     edges = sorted({0, TILE, 2 * TILE, LENGTH, *ends})
     for start, end in itertools.pairwise(edges):
@@ -150,7 +150,7 @@ def test_neighbouring_slots_are_one_run() -> None:
 
 
 def test_rows_are_copied_and_wiped_whole() -> None:
-    pool = KvPool(2, 1, 1, 4, 6)
+    pool = KvPool(2, RowShape(1, 1, 4, 6))
     pool.kv[0], pool.hidden[0] = 1, 1
     pool.copy_rows(0, 1, 10)
     assert pool.kv[1, :, :, :10].all()
