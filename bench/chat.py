@@ -175,14 +175,15 @@ async def _peers(
 ) -> tuple[list[Peer], dict[str, str]]:
     peers: list[Peer] = []
     skipped: dict[str, str] = {}
-    for name, weights in ROWS.items():
-        words = ("--weights", weights)
-        server = await stack.enter_async_context(serving(folder, model, words, f"server-{weights}"))
-        ours = conversations(server, folder / f"client-{weights}", 2)
-        mine, typed = await stack.enter_async_context(ours)
-        peers.append(CrdtLlm(mine, name))
-        if name == OURS and not options.short:  # 100 turns at a typist's pace take half an hour
-            peers.append(CrdtLlm(typed, TYPED, typing=server))
+    # A server each: conversations that say the same share their KV, and the second one would be
+    # spared its prefill.
+    rows = ROWS if options.short else ROWS | {TYPED: ROWS[OURS]}  # 100 typed turns: half an hour
+    for name, weights in rows.items():
+        place = folder / name
+        place.mkdir()
+        server = await stack.enter_async_context(serving(place, model, ("--weights", weights)))
+        (one,) = await stack.enter_async_context(conversations(server, place / "client", 1))
+        peers.append(CrdtLlm(one, name, typing=server if name == TYPED else None))
     servers = {"llama.cpp": llama_cpp(folder), "vllm": vllm(folder, model)}
     for name, other in servers.items():
         if name in options.without:

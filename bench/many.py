@@ -107,10 +107,13 @@ async def _servers(
 
 async def _rounds(teams: Sequence[Sequence[Peer]], context: int) -> dict[str, Row]:
     """Every team reads a text of that length in each conversation, and answers some rounds."""
-    text = f"A text of {context} tokens. " + " ".join([WORDS] * max(1, context // TOKENS_OF_WORDS))
+    rest = " ".join([WORDS] * max(1, context // TOKENS_OF_WORDS))
     for team in teams:
-        for peer in team:
-            await peer.turn(text, WARM_TOKENS)
+        for number, peer in enumerate(team):
+            # Another beginning each: what is the same, some servers keep and read only once.
+            await peer.turn(
+                f"{number} of {len(team)} texts of {context} tokens. {rest}", WARM_TOKENS
+            )
     rows: dict[str, Row] = {}
     for number in range(ROUNDS):
         for team in teams if number % 2 == 0 else reversed(teams):
