@@ -149,6 +149,7 @@ async def test_people_see_what_the_node_is_doing_and_how_much_it_has_read(
 ) -> None:
     monkeypatch.setattr(presence, "SHOW_INTERVAL_S", 0.0)
     monkeypatch.setattr(presence, "COUNT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(presence, "SETTLE_S", 0.0)
     room = SeenRoom(1)
     node = make_node(room, tiny_model_dir, lambda: EngineProcess.start(tiny_model_dir, threads=1))
     await node.start()
@@ -216,6 +217,7 @@ async def test_a_reply_that_waits_for_the_engine_shows_its_place(
 ) -> None:
     monkeypatch.setattr(presence, "SHOW_INTERVAL_S", 0.0)
     monkeypatch.setattr(presence, "COUNT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(presence, "SETTLE_S", 0.0)
     told = (Queued(2), Queued(0), Prefilled(1, 0, 1), Sampled(5, -0.5), Queued(1), Sampled(6, -0.5))
     engine, room = CrowdedEngine(*told, Finished("length")), SeenRoom(1)
 
@@ -248,6 +250,7 @@ async def test_a_reply_that_the_node_has_no_room_for_shows_its_place(
 ) -> None:
     monkeypatch.setattr(presence, "SHOW_INTERVAL_S", 0.0)
     monkeypatch.setattr(presence, "COUNT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(presence, "SETTLE_S", 0.0)
     monkeypatch.setattr(nodes, "REPLIES_MAX", 0)
     engine, room = CrowdedEngine(Prefilled(1, 0, 1), Finished("length")), SeenRoom(1)
 
