@@ -4,18 +4,21 @@ Owns the binding: structures, pointers, and whose memory they point to. It knows
 which ids they hold. The arithmetic, and why a row's result is one value in any company, stand in
 ``native/step.cpp`` and its headers.
 
-The interpreter's lock is not held during a call.
+The interpreter's lock is not held during a call; a step has a lock of its own, as one call at a
+time has its buffers and threads.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import weakref
 from typing import TYPE_CHECKING, Final
 
 import torch
 
+from crdt_llm.errors import LocalMisuse
 from crdt_llm.inference.native import KernelsUnavailable, library
 from crdt_llm.inference.weights import BF16, INT8
 
@@ -32,6 +35,9 @@ LANES: Final = 16
 
 WIDTH_MAX: Final = (2**31 - 1) // (255 * 127)
 """Inputs of a product whose sums of 8-bit products surely fit 32 bits."""
+
+SIZE_MAX: Final = 2**31 - 1
+"""Of anything; the kernels count in 32 bits."""
 
 _FORMATS: Final = {INT8: 0, BF16: 1}
 
@@ -97,31 +103,30 @@ class NativeStep:
     def __init__(self, shape: Shape, cosines: Tensor, sines: Tensor, weight_format: str) -> None:
         if shape.head_dim % LANES:
             raise KernelsUnavailable(f"heads of {shape.head_dim} are no multiple of {LANES}")
+        sizes = (
+            *(shape.layers, shape.hidden, shape.intermediate, shape.heads),
+            *(shape.kv_heads, shape.head_dim, shape.vocabulary),
+        )
         width = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
         if weight_format == INT8 and width > WIDTH_MAX:
             raise KernelsUnavailable(f"rows of {width} values are too wide for exact products")
+        if min(sizes) < 1 or max(*sizes, width) > SIZE_MAX:
+            raise KernelsUnavailable("the model has a size that is none")
         loaded = library()
         self._code = loaded.code
         self.build = f"native/{loaded.build}"
         self._shape = shape
         self._tables = cosines.contiguous(), sines.contiguous()  # the model points into them
-        sizes = _Sizes(
-            shape.layers,
-            shape.hidden,
-            shape.intermediate,
-            shape.heads,
-            shape.kv_heads,
-            shape.head_dim,
-            shape.vocabulary,
-            _FORMATS[weight_format],
-            shape.norm_epsilon,
-        )
+        told = _Sizes(*sizes, _FORMATS[weight_format], shape.norm_epsilon)
         # Threads beyond those of a call sleep, so there may be as many as anybody could ask for.
         threads = max(torch.get_num_threads(), os.cpu_count() or 1)
         new = self._code.crdt_llm_new
         new.restype = _Pointer
-        self._model = _Pointer(new(ctypes.byref(sizes), *map(_address, self._tables), threads))
-        weakref.finalize(self, self._code.crdt_llm_free, self._model)
+        self._model = _Pointer(new(ctypes.byref(told), *map(_address, self._tables), threads))
+        self._process = os.getpid()
+        self._turn = threading.Lock()
+        ending = weakref.finalize(self, _free, self._code, self._model, self._process)
+        ending.atexit = False  # a thread may still compute, and memory ends with the process
 
     def add_layer(self, weights: LayerWeights) -> None:
         """The next layer."""
@@ -146,6 +151,7 @@ class NativeStep:
             chunks: where the rows stand; no two of them in one slot.
             pool: where the KV before them is, and theirs goes.
         """
+        self._check(state, chunks, pool)
         state = state.contiguous()
         told = (_Chunk * len(chunks))()
         for one, chunk in zip(told, chunks, strict=True):
@@ -153,23 +159,45 @@ class NativeStep:
             one.position, one.rows, one.tiles = chunk.position, chunk.rows, count
             one.slots = (ctypes.c_int64 * count)(*chunk.slots)  # the structure keeps it alive
         place = _Pool(_address(pool.kv), _address(pool.hidden))
-        self._code.crdt_llm_forward(
-            self._model,
-            _address(state),
-            told,
-            len(chunks),
-            ctypes.byref(place),
-            torch.get_num_threads(),
-        )
+        with self._turn:
+            self._code.crdt_llm_forward(
+                self._model,
+                _address(state),
+                told,
+                len(chunks),
+                ctypes.byref(place),
+                self._threads(),
+            )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits that follow rows of a pool: bfloat16 ``(rows, hidden)`` to float32."""
         hidden = hidden.contiguous()
         found = torch.empty(len(hidden), self._shape.vocabulary)
-        self._code.crdt_llm_logits(
-            self._model, _address(hidden), len(hidden), _address(found), torch.get_num_threads()
-        )
+        with self._turn:
+            self._code.crdt_llm_logits(
+                self._model, _address(hidden), len(hidden), _address(found), self._threads()
+            )
         return found
+
+    def _check(self, state: Tensor, chunks: Sequence[Chunk], pool: KvPool) -> None:
+        """What is told lies in the memory that it is read from and written to."""
+        if len(state) != sum(chunk.rows for chunk in chunks):
+            raise LocalMisuse("a step has as many rows as its chunks")
+        for chunk in chunks:
+            if chunk.position + chunk.rows > self._shape.positions:
+                raise LocalMisuse("a chunk ends behind the last position of the model")
+            if min(chunk.slots) < 0 or max(chunk.slots) >= pool.count:
+                raise LocalMisuse("a chunk has a slot that the pool has not")
+
+    def _threads(self) -> int:
+        """Of the next call. A fork of the process has none but its own."""
+        return torch.get_num_threads() if os.getpid() == self._process else 1
+
+
+def _free(code: ctypes.CDLL, model: ctypes.c_void_p, process: int) -> None:
+    """Free a model where it was made: its threads, whose end is waited for, are not in a fork."""
+    if os.getpid() == process:
+        code.crdt_llm_free(model)
 
 
 def _address(tensor: Tensor | None) -> ctypes.c_void_p:

@@ -20,11 +20,14 @@ import stat
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import platformdirs
 
 from crdt_llm.inference.cpu import cpu_features
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 logger = logging.getLogger("crdt_llm.inference")
 
@@ -76,12 +79,13 @@ def library(folder: Path | None = None) -> Library:
     if missing:
         raise KernelsUnavailable(f"this CPU has no {min(missing)}")
     compiler = _compiler()
-    build = _build_digest(compiler)
+    sources = {file.name: file.read_bytes() for file in sorted(_SOURCES.glob("*.[ch]pp"))}
+    build = _build_digest(compiler, sources)
     try:
         kept = _own_folder(folder or platformdirs.user_cache_path("crdt-llm") / "kernels")
         file = kept / f"{build}.so"
         if not file.exists():
-            _compile(compiler, file)
+            _compile(compiler, sources, file)
         if not _only_mine(file):
             raise KernelsUnavailable(f"others can write to {file}: remove it")
         return Library(ctypes.CDLL(str(file)), build)
@@ -99,18 +103,34 @@ def _compiler() -> str:
     raise KernelsUnavailable(f"there is no C++ compiler ({wanted} is not installed)")
 
 
-def _build_digest(compiler: str) -> str:
-    said = subprocess.run(  # noqa: S603 - the compiler that the user has or names
-        [compiler, "--version"], capture_output=True, check=False, timeout=_BUILD_S_MAX
-    )
+def _build_digest(compiler: str, sources: Mapping[str, bytes]) -> str:
     state = hashlib.sha256()
-    sources = [file.read_bytes() for file in sorted(_SOURCES.glob("*.[ch]pp"))]
-    for part in (said.stdout, " ".join(_FLAGS).encode(), cpu_features().encode(), *sources):
+    version = _run(compiler, "--version").stdout
+    parts = version, " ".join(_FLAGS), cpu_features()
+    for part in (*(part.encode() for part in parts), *sources.values()):
         state.update(len(part).to_bytes(8, "little") + part)
     return state.hexdigest()[:32]
 
 
+def _run(compiler: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(  # noqa: S603 - the compiler that the user has or names
+            [compiler, *arguments],
+            capture_output=True,
+            check=False,
+            text=True,
+            errors="replace",
+            timeout=_BUILD_S_MAX,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise KernelsUnavailable(f"{compiler} did not end in {_BUILD_S_MAX:.0f} s") from error
+    except OSError as error:
+        raise KernelsUnavailable(f"{compiler} cannot be run: {error.strerror}") from error
+
+
 def _own_folder(folder: Path) -> Path:
+    if not folder.is_absolute():  # nobody knows where home is
+        raise KernelsUnavailable(f"there is no home to keep them in (only {folder})")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _only_mine(folder):
         raise KernelsUnavailable(f"others can write to {folder}: make it yours, mode 0700")
@@ -122,25 +142,23 @@ def _only_mine(path: Path) -> bool:
     return state.st_uid == os.getuid() and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def _compile(compiler: str, file: Path) -> None:
-    """Build into a temporary file and rename it: several processes may be at it."""
+def _compile(compiler: str, sources: Mapping[str, bytes], file: Path) -> None:
+    """Build into a temporary file and rename it: several processes may be at it.
+
+    What is built is a copy of the sources whose digest was taken: they may be replaced meanwhile.
+    """
     logger.info("building the native kernels, once: this takes some seconds")
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        for name, source in sources.items():
+            (Path(scratch) / name).write_bytes(source)
         made = Path(scratch) / file.name
-        try:
-            done = subprocess.run(  # noqa: S603 - as above
-                [compiler, *_FLAGS, "-o", str(made), str(_SOURCES / "step.cpp")],
-                capture_output=True,
-                check=False,
-                text=True,
-                errors="replace",
-                timeout=_BUILD_S_MAX,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise KernelsUnavailable(f"{compiler} did not end in {_BUILD_S_MAX:.0f} s") from error
-        if done.returncode:
+        done = _run(compiler, *_FLAGS, "-o", str(made), str(Path(scratch) / "step.cpp"))
+        if done.returncode or not made.exists():
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             said = (errors or done.stderr.splitlines() or ["no reason given"])[0]
+            said = said.removeprefix(f"{scratch}/")
             raise KernelsUnavailable(f"{compiler} failed: {said[:_MESSAGE_CHARACTERS_MAX]}")
         made.chmod(0o700)
+        with made.open("rb") as stream:
+            os.fsync(stream.fileno())  # half a file would be there for ever
         made.replace(file)
