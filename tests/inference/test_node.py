@@ -18,6 +18,7 @@ from local_room import LocalRoom, make_node
 from crdt_llm.document.chain import verify_path
 from crdt_llm.document.schema import SCHEMA_VERSION, Born, Params, Role, State, entry_id
 from crdt_llm.errors import EngineDied, PromptTooLong
+from crdt_llm.inference import generation
 from crdt_llm.inference.engine import Capabilities
 from crdt_llm.inference.process import EngineProcess
 from crdt_llm.inference.prompt import ParentTail, Renderer
@@ -226,11 +227,11 @@ async def test_a_killed_engine_changes_no_token(tiny_model_dir: Path, temperatur
 
 
 async def test_a_new_node_goes_on_at_the_token_where_the_old_one_stopped(
-    tiny_model_dir: Path,
-    engine: EngineProcess,
+    tiny_model_dir: Path, engine: EngineProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Long enough that it is still being written after a window, on any machine.
-    params = {"temperature": 0.7, "max_tokens": 600, "seed": 3, "ignore_eos": True}
+    # Written often, and long enough that it is still being written after a second time.
+    monkeypatch.setattr(generation, "window_s", lambda _: 0.0)
+    params = {"temperature": 0.7, "max_tokens": 1500, "seed": 3, "ignore_eos": True}
     alone = LocalRoom()
     async with running(alone, tiny_model_dir, engine) as node:
         reply = await alone.ended(alone.ask("a long story", **params))
