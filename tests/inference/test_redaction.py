@@ -17,6 +17,7 @@ from local_room import LocalRoom
 from crdt_llm.document.chain import verify_path
 from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.schema import Params, State
+from crdt_llm.inference import generation
 from crdt_llm.inference.digests import Digests
 from crdt_llm.inference.process import EngineProcess
 from crdt_llm.inference.prompt import REDACTED_TEXT
@@ -293,8 +294,9 @@ async def test_what_was_written_beside_a_redaction_is_deleted(
 
 
 async def test_a_reply_is_not_resumed_from_what_was_withdrawn_meanwhile(
-    tiny_model_dir: Path, engine: EngineProcess
+    tiny_model_dir: Path, engine: EngineProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(generation, "window_s", lambda _: 0.0)
     room = LocalRoom(6)
     before = room.write(WITHDRAWN)
     slot = room.ask("tell me more", **LONG)
@@ -308,7 +310,7 @@ async def test_a_reply_is_not_resumed_from_what_was_withdrawn_meanwhile(
         assert reply.usage is not None
         assert reply.usage.finish == "redacted"
         # One that begins behind the redaction reads the marker, and is resumed like any other.
-        later = room.ask("and now?", **{**LONG, "max_tokens": 300})
+        later = room.ask("and now?", **{**LONG, "max_tokens": 1200})
         await room.until(lambda: len(room.entry(later).sealed) > 1)
         await node.close()
     async with running(room, tiny_model_dir, engine):

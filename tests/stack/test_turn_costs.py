@@ -16,6 +16,7 @@ from crdt_llm.cli.embedded_node import make_node
 from crdt_llm.cli.folders import DataFolder
 from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.document.schema import State
+from crdt_llm.inference import generation
 from crdt_llm.inference.engine import Prefilled, Sampled
 from crdt_llm.inference.process import EngineProcess
 from crdt_llm.inference.prompt import ParentTail
@@ -308,8 +309,11 @@ async def test_a_new_node_replays_the_path_exactly_once(stack: Stack) -> None:
         assert prefilled_again(later, after) == 0
 
 
-async def test_a_new_node_replays_a_reply_that_was_cut_exactly_once(stack: Stack) -> None:
-    sampling: Sampling = {"max_tokens": 600, "temperature": 0.7, "ignore_eos": True}
+async def test_a_new_node_replays_a_reply_that_was_cut_exactly_once(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "window_s", lambda _: 0.0)
+    sampling: Sampling = {"max_tokens": 1200, "temperature": 0.7, "ignore_eos": True}
     async with two_devices(stack) as (phone, _):
         reply = await phone.ask("a long story", **sampling)
         await until(phone, lambda: len(phone.entry(reply.id).sealed) > 2)
@@ -319,7 +323,7 @@ async def test_a_new_node_replays_a_reply_that_was_cut_exactly_once(stack: Stack
         await stack.start_node()
         ended = await done(reply)
         assert ended.usage is not None
-        assert ended.usage.sampled == 600
+        assert ended.usage.sampled == 1200
         assert ended.usage.prefilled == ended.usage.prompt
         again = stack.engine.sampled - cut  # tokens that the second node sampled
-        assert stack.engine.prefilled - computed == ended.usage.prompt + 600 - again
+        assert stack.engine.prefilled - computed == ended.usage.prompt + 1200 - again
