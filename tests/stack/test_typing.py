@@ -77,6 +77,7 @@ async def test_people_see_what_the_node_is_doing(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(presence, "SHOW_INTERVAL_S", 0.0)
+    monkeypatch.setattr(presence, "SETTLE_S", 0.0)
     async with two_devices(stack) as (phone, _):
         shown: list[dict[str, Any]] = []
         watcher = await stack.hub.join(phone.id, "owner", deliver=lambda _: None)
