@@ -99,8 +99,8 @@ def _compiler() -> str:
         found = shutil.which(name)
         if found:
             return found
-    wanted = named or f"none of {', '.join(_COMPILERS)}"
-    raise KernelsUnavailable(f"there is no C++ compiler ({wanted} is not installed)")
+    missing = f"{named} is not" if named else f"none of {', '.join(_COMPILERS)} is"
+    raise KernelsUnavailable(f"there is no C++ compiler ({missing} installed)")
 
 
 def _build_digest(compiler: str, sources: Mapping[str, bytes]) -> str:
