@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from crdt_llm.cli.engine_options import EngineOptions, WeightFormat
+from crdt_llm.cli.engine_options import CPU, EngineOptions, WeightFormat
 from crdt_llm.cli.printable import one_line
 from crdt_llm.errors import CrdtLlmError, LocalMisuse
 
@@ -178,8 +178,21 @@ _Verbose = Annotated[
 
 
 _Weights = Annotated[
-    WeightFormat,
-    typer.Option(help="How the model's weights are held: bf16 as published, int8 in half of that."),
+    WeightFormat | None,
+    typer.Option(
+        help="How the model's weights are held: bf16 as published, int8 in half of that. By"
+        " default int8 for a Llama on the cpu, else bf16.",
+        show_default=False,
+    ),
+]
+_EngineDevice = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="Where the model computes: cpu, cuda, cuda:1, mps. On the cpu a Llama is exact to the"
+        " bit.",
+    ),
 ]
 _KvMemory = Annotated[
     int | None,
@@ -202,7 +215,8 @@ def serve(
     model: _Model = DEFAULT_MODEL,
     no_node: Annotated[bool, typer.Option("--no-node", help="Relay only: no replies.")] = False,
     kv_memory: _KvMemory = None,
-    weights: _Weights = WeightFormat.INT8,
+    weights: _Weights = None,
+    device: _EngineDevice = CPU,
     lease_ttl: Annotated[
         float, typer.Option(min=LEASE_TTL_S_MIN, max=LEASE_TTL_S_MAX, hidden=True)
     ] = LEASE_TTL_S,
@@ -221,7 +235,7 @@ def serve(
         data=data,
         model=model,
         node=not no_node,
-        engine=EngineOptions.chosen(kv_memory, weights),
+        engine=EngineOptions.chosen(kv_memory, weights, device),
         lease_ttl_s=lease_ttl,
         verbose=verbose,
     )
@@ -265,7 +279,8 @@ def node(
         ),
     ] = None,
     kv_memory: _KvMemory = None,
-    weights: _Weights = WeightFormat.INT8,
+    weights: _Weights = None,
+    device: _EngineDevice = CPU,
     verbose: _Verbose = False,
 ) -> None:
     """Run an inference node for a relay that is elsewhere.
@@ -281,7 +296,7 @@ def node(
         data=data,
         model=model,
         key=key,
-        engine=EngineOptions.chosen(kv_memory, weights),
+        engine=EngineOptions.chosen(kv_memory, weights, device),
         master_key=master_key,
         verbose=verbose,
     )

@@ -204,6 +204,7 @@ def make_node(
         return await EngineProcess.start(
             model_dir,
             weights=engine.weights,
+            device=engine.device,
             kv_memory_bytes=engine.kv_memory_bytes,
             kv_folder=folder.kv,
         )

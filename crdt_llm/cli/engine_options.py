@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
+
+CPU: Final = "cpu"
 
 
 class WeightFormat(StrEnum):
@@ -11,6 +14,7 @@ class WeightFormat(StrEnum):
 
     INT8 = "int8"
     BF16 = "bf16"
+    FLOAT32 = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +23,20 @@ class EngineOptions:
 
     Args:
         kv_memory_bytes: the most memory that KV may take; the engine's default if None.
-        weights: how they are held.
+        weights: how they are held; what suits the model and the device if None.
+        device: where it computes, in torch's words.
     """
 
     kv_memory_bytes: int | None = None
-    weights: WeightFormat = WeightFormat.INT8
+    weights: WeightFormat | None = None
+    device: str = CPU
 
     @classmethod
-    def chosen(cls, kv_memory_mib: int | None, weights: WeightFormat) -> EngineOptions:
+    def chosen(
+        cls, kv_memory_mib: int | None, weights: WeightFormat | None, device: str
+    ) -> EngineOptions:
         """As the options of a command say."""
-        return cls(None if kv_memory_mib is None else kv_memory_mib << 20, weights)
+        return cls(None if kv_memory_mib is None else kv_memory_mib << 20, weights, device)
 
 
 DEFAULTS = EngineOptions()

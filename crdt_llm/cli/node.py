@@ -352,6 +352,7 @@ def run_node(  # noqa: PLR0913 - the options of a command
             return await EngineProcess.start(
                 model_dir,
                 weights=engine.weights,
+                device=engine.device,
                 kv_memory_bytes=engine.kv_memory_bytes,
                 kv_folder=folder.kv,
             )

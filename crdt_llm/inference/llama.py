@@ -66,7 +66,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ModelUnusable: it is missing, damaged, or describes what is not computed here.
     """
-    config = _parse_config(folder)
+    config = parse_config(folder)
     reason = _find_refusal(config)
     if reason is not None:
         message = (
@@ -83,10 +83,15 @@ def is_of_the_family(folder: Path) -> bool:
     Raises:
         ModelUnusable: it is missing or damaged.
     """
-    return _find_refusal(_parse_config(folder)) is None
+    return _find_refusal(parse_config(folder)) is None
 
 
-def _parse_config(folder: Path) -> dict[str, Any]:
+def parse_config(folder: Path) -> dict[str, Any]:
+    """The configuration of any model folder, as it is written there.
+
+    Raises:
+        ModelUnusable: it is missing or damaged.
+    """
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -67,6 +67,7 @@ class EngineProcess:
         *,
         threads: int | None = None,
         weights: str | None = None,
+        device: str | None = None,
         kv_memory_bytes: int | None = None,
         kv_folder: Path | None = None,
         kv_disk_bytes: int | None = None,
@@ -76,20 +77,23 @@ class EngineProcess:
         Args:
             model: the model's folder.
             threads: of a computation; torch's own choice by default.
-            weights: how they are held, ``int8`` or ``bf16``; the engine's default if None.
+            weights: how they are held, ``int8``, ``bf16`` or ``float32``; what suits the model and
+                the device if None.
+            device: where to compute, ``cuda`` for example; the CPU if None.
             kv_memory_bytes: the most memory that KV may take; the engine's default if None.
             kv_folder: where KV is written that leaves memory, or that should outlive the process;
                 it belongs to this engine alone. None writes nothing.
             kv_disk_bytes: the most that this folder may take; the engine's default if None.
 
         Raises:
-            ModelUnusable: the model cannot be used; one line says why.
+            ModelUnusable: the model or the device cannot be used; one line says why.
             EngineDied: the process ended before it was ready.
         """
         arguments = [str(model)]
         for name, value in (
             ("--threads", threads),
             ("--weights", weights),
+            ("--device", device),
             ("--kv-memory-bytes", kv_memory_bytes),
             ("--kv-folder", kv_folder),
             ("--kv-disk-bytes", kv_disk_bytes),

@@ -26,6 +26,9 @@ INT8 = "int8"
 BF16 = "bf16"
 """The weights as most models are published."""
 
+FLOAT32 = "float32"
+"""Twice the memory of bf16: for models that are published so, and for whoever compares."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:

@@ -166,7 +166,7 @@ def _load(options: argparse.Namespace) -> TorchEngine:
     try:
         import torch  # noqa: PLC0415 - the pipe is watched before the long imports begin
 
-        from crdt_llm.inference import llama, torch_engine  # noqa: PLC0415 - as above
+        from crdt_llm.inference import model, torch_engine  # noqa: PLC0415 - as above
     except ModuleNotFoundError as error:
         message = f"{error.name} is not installed: install crdt-llm[inference]"
         raise ModelUnusable(message) from error
@@ -177,8 +177,8 @@ def _load(options: argparse.Namespace) -> TorchEngine:
         for name in ("kv_memory_bytes", "kv_folder", "kv_disk_bytes")
         if (value := getattr(options, name)) is not None
     }
-    model = llama.Llama(options.model, options.weights or llama.WEIGHT_FORMATS[0])
-    return torch_engine.TorchEngine(model, **budgets)
+    loaded = model.load_model(options.model, options.weights, options.device)
+    return torch_engine.TorchEngine(loaded, **budgets)
 
 
 def _take(command: pipe.Command, engine: TorchEngine, reports: Reports) -> None:
@@ -266,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--weights")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--kv-memory-bytes", type=int)
     parser.add_argument("--kv-folder", type=Path)
     parser.add_argument("--kv-disk-bytes", type=int)

@@ -60,6 +60,19 @@ def test_the_memory_of_the_kv_cache_is_a_number_that_can_be_meant(
         assert "--kv-memory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["serve", "node"])
+def test_where_and_how_the_model_computes_can_be_chosen(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--device DEVICE" in shown
+    assert "cuda" in shown
+    assert "float32" in shown
+    assert run([command, "--weights", "int4"]) == commands.USAGE
+    assert "--weights" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", ["0", "nan", "inf", "3600"])
 def test_a_lease_that_never_ends_or_begins_is_refused(
     value: str, capsys: pytest.CaptureFixture[str]
