@@ -101,6 +101,8 @@ def parse_config(folder: Path) -> dict[str, Any]:
         raise ModelUnusable(f"{file} is damaged: fetch the model again") from error
     if not isinstance(config, dict):
         raise ModelUnusable(f"{file} is damaged: fetch the model again")
+    if not isinstance(config.get("model_type"), str):
+        raise ModelUnusable(f"{file} names no model_type: is this the folder of a model?")
     return config
 
 

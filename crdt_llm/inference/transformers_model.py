@@ -27,7 +27,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_logging
 
 from crdt_llm.errors import ModelUnusable
 from crdt_llm.inference.cpu import cpu_features
@@ -92,11 +92,12 @@ class TransformersModel:
                 f"transformers computes this model, use {' or '.join(DTYPES)}"
             )
         self._device = device
+        _quieten()
         config = _read_config(folder)
         self._kind = config.model_type
         files = weight_files(folder)
-        model = self._attempt(lambda: _load(folder, DTYPES[self.weight_format], device))
-        _check_model(model, self._kind)
+        model = self._attempt(self._load, folder)
+        self._check_model(model)
         self._model = model
         self._backbone = model.base_model
         self._head = model.get_output_embeddings()
@@ -113,7 +114,7 @@ class TransformersModel:
 
     def new_pool(self, memory_bytes: int) -> KvPool:
         """See :class:`~crdt_llm.inference.model.Model`."""
-        return KvPool.within(memory_bytes, self._rows, self._device)
+        return self._attempt(KvPool.within, memory_bytes, self._rows, self._device)
 
     def forward(self, ids: Tensor, chunks: Sequence[Chunk], pool: KvPool) -> None:
         """See :class:`~crdt_llm.inference.model.Model`: one call of the model a chunk."""
@@ -135,16 +136,43 @@ class TransformersModel:
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _attempt(self, run: Callable[[], _Result]) -> _Result:
-        """Do what runs the code of a model, of which nobody knows what it raises."""
+    def _attempt(self, run: Callable[..., _Result], *words: object) -> _Result:
+        """Do what runs the code of a model or of a device: nobody knows what it raises."""
         try:
-            return run()
+            return run(*words)
         except ModelUnusable:
             raise
         except Exception as error:
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             message = f"transformers cannot run the model (type {self._kind}): {said}"
             raise ModelUnusable(message) from error
+
+    def _load(self, folder: Path) -> Any:
+        """The model itself. Attention is PyTorch's own where the model's code can call it."""
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=DTYPES[self.weight_format],
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else its message does not name them
+        )
+        model, info = loaded
+        unfit = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        if unfit:
+            raise ModelUnusable(
+                f"the model (type {self._kind}) has no fitting weight {min(unfit)}: its "
+                "configuration and its weights disagree, fetch it again"
+            )
+        return model.eval().to(self._device)
+
+    def _check_model(self, model: Any) -> None:
+        """Refuse what a look at the model tells; the probe tells the rest."""
+        if getattr(model, "_is_stateful", False):
+            raise self._refusal("has a recurrent state")
+        if model.base_model is model or model.get_output_embeddings() is None:
+            raise self._refusal("has no head over its hidden states")
 
     @torch.inference_mode()
     def _probe(self) -> tuple[RowShape, int]:
@@ -335,34 +363,13 @@ def _read_config(folder: Path) -> Any:
     return config
 
 
-def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model itself. Attention is PyTorch's own where the model's code can call it."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # it would end up in a log
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        dtype=dtype,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # else its message does not name them
-    )
-    model, info = loaded
-    unfit = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    if unfit:
-        raise ModelUnusable(
-            f"the model has no fitting weight {min(unfit)}: its configuration and its weights "
-            "disagree, fetch it again"
-        )
-    return model.eval().to(device)
+def _quieten() -> None:
+    """Let transformers say nothing where somebody waits for a line of ours.
 
-
-def _check_model(model: Any, kind: str) -> None:
-    """Refuse what a look at the model tells; the probe tells the rest."""
-    if getattr(model, "_is_stateful", False):
-        raise _refusal(kind, "has a recurrent state")
-    if model.base_model is model or model.get_output_embeddings() is None:
-        raise _refusal(kind, "has no head over its hidden states")
+    It draws bars and tables, and has words about settings that nobody here can change.
+    """
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of the library
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # as above
 
 
 def _refusal(kind: str, reason: str) -> ModelUnusable:

@@ -288,7 +288,7 @@ def test_a_damaged_model_is_told_so(
         (_renamed_tensor, "model.norm.weight"),
         (_other_architecture, "gpt2"),
         (_wrong_shape, "embed_tokens"),
-        (_with("config.json", b"{}"), "Llama"),
+        (_with("config.json", b"{}"), "model_type"),
     ],
 )
 def test_weights_that_only_the_engine_can_judge_end_the_server_in_one_line(
