@@ -57,6 +57,10 @@ class Slots(Protocol):
         """Copy the rows ``[0, rows)`` of a slot into another."""
         ...
 
+    def take(self, slot: int) -> None:
+        """Make a free slot ready for a new tile: all of its rows are zero."""
+        ...
+
     def wipe(self, slot: int, start: int) -> None:
         """Set the rows ``[start, TILE)`` of a slot to zero."""
         ...
@@ -335,7 +339,7 @@ class KvTree:
         following = -1 if parent is None else parent.slot + 1
         slot = following if following in self._free else self._roomiest()
         self._free.remove(slot)
-        self._slots.wipe(slot, 0)
+        self._slots.take(slot)
         return slot
 
     def _roomiest(self) -> int:

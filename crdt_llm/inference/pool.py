@@ -85,6 +85,7 @@ class KvPool:
         self.hidden = _lazy_zeros((count, TILE, shape.hidden), shape.dtype, device)
         self.kv_heads = kv_heads
         self.head_dim = head_dim
+        self._never_taken = set(range(count))
         # Views by layer, ``(count, kv_heads, TILE, head_dim)``: a decode step makes no others.
         self.keys = self.kv[:, :, :kv_heads].unbind(1)
         self.values = self.kv[:, :, kv_heads:].unbind(1)
@@ -130,6 +131,17 @@ class KvPool:
         end = first + len(hidden)
         self.kv[slot, :, :, first:end].copy_(kv)
         self.hidden[slot, first:end].copy_(hidden)
+
+    def take(self, slot: int) -> None:
+        """Make a slot ready for a new tile: all of its rows are zero.
+
+        The first time they are so already. To write zeros there would have the system map some
+        megabytes at once, which takes longer than a step.
+        """
+        if slot in self._never_taken:
+            self._never_taken.remove(slot)
+        else:
+            self.wipe(slot, 0)
 
     def wipe(self, slot: int, start: int) -> None:
         """Set the rows ``[start, TILE)`` of a slot to zero."""

@@ -163,6 +163,16 @@ def test_rows_are_copied_and_wiped_whole() -> None:
     assert not pool.hidden[0, 5:].any()
 
 
+def test_a_slot_is_zero_whenever_it_is_taken() -> None:
+    pool = KvPool(2, RowShape(1, 1, 4, 6))
+    for _ in range(3):
+        for slot in (0, 1):
+            pool.take(slot)
+            assert not pool.kv[slot].any()
+            assert not pool.hidden[slot].any()
+            pool.kv[slot], pool.hidden[slot] = 1, 1
+
+
 @pytest.mark.parametrize(
     ("position", "rows", "slots"), [(0, 0, 1), (200, 100, 1), (256, 1, 1), (0, 1, 2)]
 )

@@ -51,6 +51,9 @@ class RecordingSlots:
         self.rows[target][:rows] = self.rows[source][:rows]
         self.origins[target][:rows] = self.origins[source][:rows]
 
+    def take(self, slot: int) -> None:
+        self.wipe(slot, 0)
+
     def wipe(self, slot: int, start: int) -> None:
         self.rows[slot][start:] = [None] * (TILE - start)
         self.origins[slot][start:] = [None] * (TILE - start)

@@ -31,6 +31,9 @@ class NoSlots:
     def copy_rows(self, source: int, target: int, rows: int) -> None:
         """Nothing is in them."""
 
+    def take(self, slot: int) -> None:
+        """As above."""
+
     def wipe(self, slot: int, start: int) -> None:
         """As above."""
 
