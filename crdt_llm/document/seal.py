@@ -55,7 +55,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """A reply's hidden state, or a chunk's part of it.
+    """A reply's hidden state, or a chunk's part of it; how it is printed says nothing of that.
 
     Attributes:
         ids: every token id that the entry adds to the model's prompt, in order.
@@ -66,12 +66,12 @@ class Hidden:
         params: the resolved sampling parameters, the seed among them.
     """
 
-    ids: tuple[int, ...] = ()
-    kinds: tuple[Kind, ...] = ()
-    logprobs: tuple[float, ...] = ()
+    ids: tuple[int, ...] = field(default=(), repr=False)
+    kinds: tuple[Kind, ...] = field(default=(), repr=False)
+    logprobs: tuple[float, ...] = field(default=(), repr=False)
     model: str = ""
     renderer: str = ""
-    params: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def sampled(self) -> tuple[int, ...]:

@@ -168,7 +168,9 @@ class EngineProcess:
             while True:
                 event = await self._next(answers)
                 if not isinstance(event, Queued | Prefilled | Sampled | Finished):
-                    raise EngineDied(f"the engine answered a generation with {event}")
+                    raise EngineDied(
+                        f"the engine answered a generation with {type(event).__name__}"
+                    )
                 if isinstance(event, Finished):
                     self._waiting.pop(number, None)
                 yield event

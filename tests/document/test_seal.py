@@ -224,6 +224,14 @@ def test_chunks_joined_say_what_the_final_blob_says() -> None:
             one.open_reply(wrong, WHERE)
 
 
+def test_what_is_printed_of_a_hidden_state_says_nothing_of_it() -> None:
+    hidden = Hidden(
+        (7_654_321,), (Kind.SAMPLED,), (-1.2345,), "model", "renderer", {"seed": 98_765}
+    )
+    printed = f"{hidden} {hidden!r} {[hidden]}"
+    assert not any(secret in printed for secret in ("7654321", "1.2345", "98765", "SAMPLED"))
+
+
 def test_what_the_model_made_and_what_was_put_before() -> None:
     assert HIDDEN.sampled == (2, 70_000, 4)
     assert HIDDEN.injected == (1,)
