@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from crdt_llm.cli.embedded_node import DIGESTS
 from crdt_llm.cli.folders import DataFolder
@@ -21,6 +21,7 @@ from crdt_llm.document.schema import ROOT
 from crdt_llm.document.seal import Sealer
 from crdt_llm.errors import Corrupt, LocalMisuse
 from crdt_llm.inference.digests import Digests, verify
+from crdt_llm.inference.engine import BIT_EXACT
 from crdt_llm.inference.models import resolve
 from crdt_llm.inference.process import EngineProcess
 from crdt_llm.inference.prompt import Renderer
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
     from crdt_llm.document.conversation import Conversation
     from crdt_llm.inference.digests import Verified
     from crdt_llm.inference.replay import Replayed
+
+NOT_BIT_EXACT: Final = (
+    "this model is computed at exactness level 1: where two tokens are almost equally likely,"
+    " another one may come out; no KV was recorded to compare"
+)
 
 
 def open_transcript(
@@ -80,6 +86,8 @@ async def _replay(
     rows: list[Replayed] = []
     borders: list[Verified] = []
     async with await EngineProcess.start(model_dir) as engine:
+        if engine.capabilities.exactness < BIT_EXACT:
+            report(NOT_BIT_EXACT)
         path = conversation.view()
         async for one in replay(conversation, path, transcript, renderer, engine):
             show(one)
