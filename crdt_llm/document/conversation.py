@@ -232,6 +232,11 @@ class Writer:
         """Set one field of an entry to a plain value."""
         self._entries[entry][key] = value
 
+    def remove(self, entry: str, key: str) -> None:
+        """Delete one field of an entry, if it is there."""
+        if key in self._entries[entry]:
+            del self._entries[entry][key]
+
     def stop(self, slot: str, principal: str) -> None:
         """Ask for the end of a reply."""
         self.set(slot, "stop", principal)

@@ -1,9 +1,10 @@
 """The register: what a relay keeps of each conversation beside the log, in case the log is lost.
 
 It owns one small row per conversation (who owns it, who may do what, its epoch and the lease's
-holder, what was admitted, what was withdrawn, whose client ids are whose), the contract of a store
-for such rows, and two of them: an SQLite file, and one without a disk for simulations. It must not
-know what an entry or an epoch means, nor CRDTs or sockets: names are text, keys and digests bytes.
+holder, what was admitted, what was withdrawn, whose client ids are whose, its facts), the contract
+of a store for such rows, and two of them: an SQLite file, and one without a disk for simulations.
+It must not know what an entry or an epoch means, nor CRDTs or sockets: names are text, keys and
+digests bytes.
 
 The rules, which ``tests/store/test_register.py`` checks for both:
 
@@ -72,7 +73,9 @@ CONVERSATION_BYTES_MAX: Final = 128
 """A conversation's name, as in the log."""
 
 _CHECKSUM_BYTES: Final = 16
-_ROW_FIELDS: Final = 12
+_ROW_FIELDS: Final = 16
+_ROW_FIELDS_BEFORE: Final = 12
+"""Of a row without facts, stops and ends, as they all were once."""
 
 _SCHEMA: Final = (
     """CREATE TABLE rows (
@@ -114,6 +117,13 @@ class Row:
         log_id: the log that ``lsn`` speaks of.
         lsn: how far that log had come when the row was saved last.
         scrub_owed: something was withdrawn, and traces of it may still be in the log's file.
+        facts: what the conversation says of itself: key -> SHA-256 of the value. ``None`` in a row
+            from before they were kept, which then knows nothing of stops and ends either.
+        former: keys of facts -> the digests of their values before, the last one first; an empty
+            one stands for any. The key ``""`` stands for all: nothing is known of what was before.
+        stops: replies whose end was asked for -> by whom, the last one first.
+        ends: requests that ended without a place -> how, and the SHA-256 of what it cost, empty if
+            nothing was said of that.
     """
 
     conversation: str
@@ -130,6 +140,10 @@ class Row:
     log_id: str = ""
     lsn: int = 0
     scrub_owed: bool = False
+    facts: Mapping[str, bytes] | None = None
+    former: Mapping[str, tuple[bytes, ...]] = field(default_factory=_empty)
+    stops: Mapping[str, tuple[str, ...]] = field(default_factory=_empty)
+    ends: Mapping[str, tuple[str, bytes]] = field(default_factory=_empty)
 
     def encode(self) -> bytes:
         """The row as MessagePack, without its name and its mark.
@@ -137,22 +151,28 @@ class Row:
         Raises:
             LocalMisuse: it is over :data:`ROW_BYTES_MAX`.
         """
-        packed: bytes = msgpack.packb(
-            [
-                self.owner,
-                self.nonce,
-                dict(sorted(self.access.items())),
-                self.access_version,
-                self.epoch,
-                self.holder,
-                dict(sorted(self.tips.items())),
-                {entry: list(said) for entry, said in sorted(self.redacted.items())},
-                dict(sorted(self.unconfirmed.items())),
-                dict(sorted(self.clients.items())),
-                self.log_id,
-                self.lsn,
+        values: list[Any] = [
+            self.owner,
+            self.nonce,
+            dict(sorted(self.access.items())),
+            self.access_version,
+            self.epoch,
+            self.holder,
+            dict(sorted(self.tips.items())),
+            {entry: list(said) for entry, said in sorted(self.redacted.items())},
+            dict(sorted(self.unconfirmed.items())),
+            dict(sorted(self.clients.items())),
+            self.log_id,
+            self.lsn,
+        ]
+        if self.facts is not None:
+            values += [
+                dict(sorted(self.facts.items())),
+                {key: list(digests) for key, digests in sorted(self.former.items())},
+                {entry: list(said) for entry, said in sorted(self.stops.items())},
+                {entry: list(end) for entry, end in sorted(self.ends.items())},
             ]
-        )
+        packed: bytes = msgpack.packb(values)
         if len(packed) > ROW_BYTES_MAX:
             raise LocalMisuse(f"a row has at most {ROW_BYTES_MAX} bytes, not {len(packed)}")
         return packed
@@ -165,10 +185,20 @@ class Row:
             ValueError: these bytes are no row.
         """
         values = msgpack.unpackb(packed, strict_map_key=False)
-        if not isinstance(values, list) or len(values) != _ROW_FIELDS:
+        if not isinstance(values, list) or len(values) not in (_ROW_FIELDS_BEFORE, _ROW_FIELDS):
             raise ValueError("not the fields of a row")
         values[7] = {entry: (by, at) for entry, (by, at) in values[7].items()}
-        return replace(cls(conversation, *values), scrub_owed=scrub_owed)
+        row = replace(cls(conversation, *values[:_ROW_FIELDS_BEFORE]), scrub_owed=scrub_owed)
+        if len(values) == _ROW_FIELDS_BEFORE:
+            return row
+        facts, former, stops, ends = values[_ROW_FIELDS_BEFORE:]
+        return replace(
+            row,
+            facts=dict(facts),
+            former={key: tuple(digests) for key, digests in former.items()},
+            stops={entry: tuple(said) for entry, said in stops.items()},
+            ends={entry: (state, cost) for entry, (state, cost) in ends.items()},
+        )
 
 
 def check_row(row: Row) -> bytes:

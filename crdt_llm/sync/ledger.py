@@ -1,8 +1,9 @@
 """What a room keeps of its conversation in the register, and what it says after a loss.
 
 This module owns how a :class:`~crdt_llm.store.register.Row` follows from a document: whose the
-conversation is, who may do what, which admitted entries nothing stands behind, what was withdrawn;
-and how a row says whose a client id is.
+conversation is, who may do what, which admitted entries nothing stands behind, what was withdrawn,
+which facts it states of itself, which replies were stopped and which requests ended without a
+place; and how a row says whose a client id is.
 It must not know rooms, stores or sockets: it is pure, and rows go in and come out.
 
 A row changes with the facts in it, never with a token of a reply: :func:`follow` answers the very
@@ -11,12 +12,17 @@ row it was given unless an edit touched one of those facts.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
+import msgpack
+
+from crdt_llm.document.chain import canonical
 from crdt_llm.document.conversation import ACCESS, ENTRIES, META
-from crdt_llm.document.schema import REDACTION_DELETES, ROOT
+from crdt_llm.document.rules import is_meta
+from crdt_llm.document.schema import ENDED, REDACTION_DELETES, ROOT
 from crdt_llm.store.register import Row
 
 if TYPE_CHECKING:
@@ -26,6 +32,9 @@ if TYPE_CHECKING:
 
 ROOMS_OWN: Final = "room"
 """Whose the client ids are that rooms wrote corrections under."""
+
+FORMER_MAX: Final = 64
+"""Digests that are kept of what a fact was before: 2 kB. What is older is known as anything."""
 
 _NODE: Final = "node "
 _PERSON: Final = "person "
@@ -57,9 +66,19 @@ def first_row(conversation: Conversation) -> Row | None:
 
 def reconciled(row: Row, conversation: Conversation) -> Row:
     """The row with all its facts read from the document anew; costs the document's length."""
-    withdrawn = (entry for entry in conversation.tree.entries if conversation.is_redacted(entry))
+    tree = conversation.tree
+    withdrawn = (entry for entry in tree.entries if conversation.is_redacted(entry))
     row = _with_access(row, conversation)
     row = _with_redactions(row, conversation, withdrawn)
+    if row.facts is None:
+        # Of a conversation that has just begun it is all that there ever was.
+        former = {"": (b"",)} if tree.entries else {}
+        row = replace(row, facts=_frozen({}), former=_frozen(former))
+    row = _with_facts(row, conversation, {*(row.facts or {}), *conversation.meta_plain()})
+    # Only a slot that has ended, as the tree sees it, may have either.
+    slots = {name for name in tree.entries if tree.facts(name).slot and tree.facts(name).ended}
+    row = _with_stops(row, conversation, row.stops.keys() | slots)
+    row = _with_ends(row, conversation, row.ends.keys() | slots)
     return _with_tips(row, leaves(conversation))
 
 
@@ -70,21 +89,32 @@ def concerns(change: Change) -> bool:
 
 def follow(row: Row, change: Change, conversation: Conversation) -> Row:
     """The row after a change; the same object if the change touched none of its facts."""
-    placed: dict[str, str] = {}
-    proved: set[str] = set()
-    withdrawn: set[str] = set()
+    stated: dict[str, bool] = {}  # key -> whether it had a value before
+    written: dict[str, set[str]] = {}  # field -> in which entries
     for edit in change.edits:
         entry = edit.entry
+        if edit.root == META and edit.key is not None:
+            stated.setdefault(edit.key, edit.action != "add")
         if edit.root == ACCESS or (edit.root == META and edit.key == "birth"):
             row = _with_access(row, conversation)
         elif edit.root == ENTRIES and entry is not None and len(edit.path) <= 1:
-            keys = {edit.key} if edit.path else set(edit.new or ())
-            if "place" in keys and conversation.tree.is_admitted(entry):
-                placed[entry] = conversation.tree.facts(entry).parent or ROOT
-            if "proof" in keys:
-                proved.add(entry)
-            if "redacted" in keys:
-                withdrawn.add(entry)
+            for key in (edit.key,) if edit.path else (edit.new or ()):
+                written.setdefault(key or "", set()).add(entry)
+    if row.facts is not None:
+        # What a restore brought and did not keep takes nothing away that is registered.
+        meta = conversation.meta_plain() if stated else {}
+        kept = {key for key, before in stated.items() if before or key in meta}
+        row = _with_facts(row, conversation, kept)
+        row = _with_stops(row, conversation, written.get("stop", ()))
+        ended = (written.get(key, set()) for key in ("state", "usage", "place"))
+        row = _with_ends(row, conversation, set().union(*ended))
+    tree = conversation.tree
+    placed = {
+        entry: tree.facts(entry).parent or ROOT
+        for entry in written.get("place", ())
+        if tree.is_admitted(entry)
+    }
+    proved, withdrawn = written.get("proof", set()), written.get("redacted", set())
     if placed or proved & row.tips.keys():
         parents = set(placed.values())
         names = (row.tips.keys() | placed.keys()) - parents
@@ -136,6 +166,82 @@ def missing_tips(row: Row, conversation: Conversation) -> tuple[str, ...]:
         if not conversation.tree.is_admitted(entry)
         or (digest and digest_of(conversation, entry) != digest)
     )
+
+
+def digest_of_value(value: Any) -> bytes:
+    """What is registered of a plain value: SHA-256 of it in the chain's canonical form."""
+    return hashlib.sha256(msgpack.packb(canonical(value))).digest()
+
+
+def missing_facts(row: Row, conversation: Conversation) -> dict[str, bytes]:
+    """The registered facts that the document lacks, or has with another value."""
+    if not row.facts:
+        return {}
+    meta = conversation.meta_plain()
+    return {key: digest for key, digest in row.facts.items() if _fact(key, meta) != digest}
+
+
+def was_registered(row: Row, key: str, digest: bytes) -> bool:
+    """Whether a value may be one that a fact had before, as a replica that is older has it."""
+    former = row.former.get(key, ())
+    return digest in former or b"" in former or "" in row.former
+
+
+def stop_of(row: Row, slot: str) -> str | None:
+    """Who asked last for the end of a reply."""
+    return row.stops[slot][0] if slot in row.stops else None
+
+
+def end_of(conversation: Conversation, slot: str) -> tuple[str, bytes] | None:
+    """How a request ended that has no place, and the digest of what it says of its cost."""
+    state = conversation.state(slot)
+    if state not in ENDED or conversation.has(slot, "place"):
+        return None
+    usage = conversation.plain(slot, "usage")
+    return str(state), b"" if usage is None else digest_of_value(usage)
+
+
+def _fact(key: str, meta: Mapping[str, Any]) -> bytes | None:
+    value = meta.get(key)
+    return digest_of_value(value) if is_meta(key, value) else None
+
+
+def _with_facts(row: Row, conversation: Conversation, keys: Iterable[str]) -> Row:
+    before = row.facts or {}
+    meta = conversation.meta_plain() if keys else {}
+    facts = _updated(before, {key: _fact(key, meta) for key in keys})
+    if facts == dict(before):
+        return row
+    former = dict(row.former)
+    for key, digest in before.items():
+        if facts.get(key) != digest:
+            older = (digest, *(one for one in former.get(key, ()) if one != digest))
+            cut = len(older) > FORMER_MAX
+            former[key] = (*older[: FORMER_MAX - 1], b"") if cut else older
+    return replace(row, facts=_frozen(facts), former=_frozen(former))
+
+
+def _with_stops(row: Row, conversation: Conversation, slots: Iterable[str]) -> Row:
+    stops = dict(row.stops)
+    for slot in slots:
+        who, before = conversation.plain(slot, "stop"), stops.get(slot, ())
+        if isinstance(who, str):
+            stops[slot] = (who, *(one for one in before if one != who))
+    return row if stops == dict(row.stops) else replace(row, stops=_frozen(stops))
+
+
+def _with_ends(row: Row, conversation: Conversation, slots: Iterable[str]) -> Row:
+    """An end is for good, and so is what was said of its cost: a replica may have lost that."""
+    found = {slot: end_of(conversation, slot) for slot in slots}
+    fresh = {slot: end for slot, end in found.items() if slot not in row.ends or (end and end[1])}
+    ends = _updated(row.ends, fresh)
+    return row if ends == dict(row.ends) else replace(row, ends=_frozen(ends))
+
+
+def _updated(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What was registered and what is found now; ``None`` where there is nothing any more."""
+    after = {**before, **now}
+    return {key: value for key, value in after.items() if value is not None}
 
 
 def _with_access(row: Row, conversation: Conversation) -> Row:

@@ -22,17 +22,28 @@ The rules, numbered so that tests can cite them; the word after each is the refu
   the schema gives it.
 * X8 ``frozen`` - what an entry without a place was born with stands there as its own client wrote
   it, in the place of nothing else.
-* X9 ``stop``, ``node-field`` - a stop, and the end of an entry without a place, were written under
-  a client id that the register knows as that of whom the stop names, or as a node's. Only its own
-  stop a writer may bring under a new one.
+* X9 ``meta``, ``stop``, ``node-field`` - a fact of the conversation, a stop and the end of an entry
+  without a place, that was written under a client id that is known, is or was as the register has
+  it, or it is its bringer's own. An unknown client id stops in the name of a writer who brings it.
 * X10 ``forbidden`` - whoever may only read, or has a token for that only, brings no entry in its
   own name that the register does not know its client id of.
 
 Rights are the register's, whatever the document says (:func:`wrong_rights`), and what was withdrawn
-stays so (:func:`leftovers`). Who may only read gives the conversation facts where it has none, if
-the register knows under whose client id they were written, and changes none (:func:`unearned`). A
-pending entry of somebody else is carried, and waits for its author (:func:`unconfirmed`): nothing
+stays so (:func:`leftovers`). A client id proves nothing to a room that has lost what was written
+under it, so another's title, stop and end without a place count only as the register has them. What
+it had before comes with a replica that is older, and is left out (:func:`unearned`,
+:func:`wrong_stops`, :func:`wrong_ends`). What it never had was never acknowledged, and nobody heard
+of it: its own author may have it, and who else brings it has made it up. That is refused, for it
+would stand at clocks that are another's, and what a room writes to put it right would hang at it.
+A pending entry of somebody else is carried, and waits for its author (:func:`unconfirmed`): nothing
 proves it but the replica that wrote it.
+
+The register has digests of the facts and not their values, so one that is missing is put back from
+the first restore that has it (:func:`told_again`), even if a forgery took its clocks before.
+
+A row from before facts were registered knows none of that. Then whoever may write changes facts,
+anybody else brings them only where there are none and under a client id that is known, and a stop
+or an end is believed by its client id alone.
 """
 
 from __future__ import annotations
@@ -57,23 +68,30 @@ from crdt_llm.document.schema import (
     Grant,
     State,
     is_entry_id,
+    normalise,
     whole,
 )
 from crdt_llm.document.seal import FINAL_CHUNK, place_of, verify_chunk
 from crdt_llm.errors import BadProof, Forbidden, Gap, Refused
-from crdt_llm.sync.ledger import are_of_a_node, clients_of
-from crdt_llm.sync.provenance import client_of
+from crdt_llm.sync.ledger import (
+    ROOMS_OWN,
+    are_of_a_node,
+    clients_of,
+    digest_of_value,
+    stop_of,
+    was_registered,
+)
+from crdt_llm.sync.provenance import Provenance, client_of
 from crdt_llm.sync.rights import WRITERS, right_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
-    from crdt_llm.document.conversation import Change, Conversation
+    from crdt_llm.document.conversation import Change, Conversation, Edit
     from crdt_llm.document.rules import Author
     from crdt_llm.document.schema import Entry
     from crdt_llm.store.register import Row
-    from crdt_llm.sync.provenance import Provenance
-    from crdt_llm.sync.structure import Struct
+    from crdt_llm.sync.structure import Struct, UpdateStructure
 
 CHUNK_SIGNATURES_MAX: Final = 20_000
 """Signatures that are tried to find where the chunks of one reply begin: 2 s in a thread's time,
@@ -101,6 +119,9 @@ class Claim:
         sources: Where in the replica things stand.
         doubts: ``None`` to refuse what does not prove itself; a list to believe it, and to be told
             there, one line each.
+        told: Registered facts that the replica lacks and the update has (:func:`told_again`).
+        lost: The facts that were registered when the loss was found. A fact of somebody's own from
+            a replica that is older may have taken the place of one of them since.
     """
 
     conversation: Conversation
@@ -112,11 +133,28 @@ class Claim:
     known: Mapping[int, int]
     sources: Provenance
     doubts: list[str] | None = field(default=None)
+    told: Mapping[str, Any] = field(default_factory=dict)
+    lost: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def may_write(self) -> bool:
         """Whether whoever brings it may write, as the register says and its token allows."""
         return self.doubts is not None or right_of(self.row, self.author) in WRITERS
+
+    @property
+    def knows_facts(self) -> bool:
+        """Whether the register says which facts, stops and ends there are."""
+        return self.doubts is None and self.row.facts is not None
+
+    def is_anothers(self, item: Struct | None) -> bool:
+        """Whether something was written under a client id of somebody else, who is known."""
+        whose = client_of(item, self.clients)
+        return whose not in (None, ROOMS_OWN, clients_of(self.author.principal))
+
+    def is_own(self, item: Struct | None) -> bool:
+        """Whether a writer brings something under its own client id, or one nobody knows."""
+        whose = client_of(item, self.clients)
+        return self.may_write and whose in (None, clients_of(self.author.principal))
 
     def brought(self, item: Struct | None) -> bool:
         """Whether something came with this update, rather than was here before."""
@@ -177,6 +215,18 @@ def _meta(claim: Claim) -> None:
             _need(not edit.path and not edit.shared, "schema", "meta holds plain values")
             fits = edit.action == "delete" or is_meta(edit.key or "", edit.new)
             _need(fits, "meta", f"meta.{edit.key} is malformed")
+            _fact(claim, edit)
+
+
+def _fact(claim: Claim, edit: Edit) -> None:
+    """X9."""
+    key, facts = edit.key or "", claim.row.facts
+    if facts is None or not claim.knows_facts or edit.action == "delete":
+        return
+    digest = digest_of_value(edit.new)
+    known = digest == facts.get(key) or was_registered(claim.row, key, digest)
+    if not known and claim.is_anothers(claim.sources.meta(key)):
+        claim.doubt("meta", f"meta.{key} was never so, as far as is known here")
 
 
 def _lease(claim: Claim, name: str) -> None:
@@ -241,7 +291,7 @@ def _form(claim: Claim, entry: Entry, born: dict[str, Any]) -> None:
 
 
 def _pending(claim: Claim, entry: Entry) -> None:
-    """X5, X8, X9, X10."""
+    """X5, X8, X10."""
     conversation, sources = claim.conversation, claim.sources
     birth = sources.entry(entry.id)
     beside = () if birth is None else (birth.origin, birth.right_origin)
@@ -251,10 +301,7 @@ def _pending(claim: Claim, entry: Entry) -> None:
         item = sources.field(entry.id, key)
         if birth is not None and item is not None and item.client != birth.client:
             claim.doubt("frozen", f"{key} of entry {entry.id} is not what it was born with")
-    for key in sorted(_UNPLACED):
-        item = sources.field(entry.id, key)
-        if claim.brought(item) and not are_of_a_node(client_of(item, claim.clients)):
-            claim.doubt("node-field", f"no node that is known here wrote {key} of {entry.id}")
+    _unplaced(claim, entry)
     is_new = entry.born.author == claim.author.principal and claim.brought(birth)
     own = clients_of(claim.author.principal)
     if is_new and not claim.may_write and client_of(birth, claim.clients) != own:
@@ -268,18 +315,46 @@ def _pending(claim: Claim, entry: Entry) -> None:
         claim.doubt("node-field", f"entry {entry.id} has {min(found)} and no place")
 
 
+def _unplaced(claim: Claim, entry: Entry) -> None:
+    """X9."""
+    for key in sorted(_UNPLACED):
+        item = claim.sources.field(entry.id, key)
+        if not claim.brought(item) or _is_registered(claim, entry.id, key):
+            continue
+        whose = client_of(item, claim.clients)
+        if not are_of_a_node(whose) or (claim.knows_facts and "" not in claim.row.former):
+            claim.doubt("node-field", f"no node that is known here wrote {key} of {entry.id}")
+
+
 def _stop(claim: Claim, entry: Entry) -> None:
     """X9."""
     item = claim.sources.field(entry.id, "stop")
-    if not claim.brought(item):
+    if not claim.brought(item) or _is_registered(claim, entry.id, "stop"):
         return
     named = claim.conversation.plain(entry.id, "stop")
     whose = client_of(item, claim.clients)
     if whose is None:
         if named != claim.author.principal or not claim.may_write:
             claim.doubt("stop", f"nobody stopped entry {entry.id}, as far as is known here")
+    elif claim.knows_facts and named in claim.row.stops.get(entry.id, ()):
+        pass  # from a replica that is older, or put back by a room
     elif not isinstance(named, str) or whose != clients_of(named):
         claim.doubt("stop", f"another than {named!r} stopped entry {entry.id} in that name")
+    elif claim.knows_facts and claim.is_anothers(item) and "" not in claim.row.former:
+        claim.doubt("stop", f"nobody stopped entry {entry.id}, as far as is known here")
+
+
+def _is_registered(claim: Claim, name: str, key: str) -> bool:
+    """Whether the register has a stop, an unplaced end or its cost just as it stands there."""
+    if not claim.knows_facts:
+        return False
+    value = claim.conversation.plain(name, key)
+    if key == "stop":
+        return bool(value == stop_of(claim.row, name))
+    state, cost = claim.row.ends.get(name, (None, b""))
+    if key == "state":
+        return bool(value == state)
+    return bool(cost) and value is not None and digest_of_value(value) == cost
 
 
 def _admitted(claim: Claim, entry: Entry) -> Iterator[None]:
@@ -409,21 +484,97 @@ def leftovers(conversation: Conversation, row: Row) -> tuple[str, ...]:
 def unearned(claim: Claim) -> dict[str, Any]:
     """The facts of the conversation that must be put back, with what they were before.
 
-    Whoever may write may change them. Anybody else brings them only where there are none, and only
-    as somebody wrote them whose client id is known.
+    And those that the register has and nobody had told here until now.
     """
-    if claim.may_write:
-        return {}
-    return {
+    found = {
         edit.key: edit.old
         for edit in claim.change.edits
         if edit.root == META
         and edit.key not in {None, "schema", "birth"}
-        and (
-            edit.action != "add"
-            or client_of(claim.sources.meta(edit.key or ""), claim.clients) is None
-        )
+        and not _is_earned(claim, edit)
     }
+    meta = claim.conversation.meta_plain()
+    again = {key: value for key, value in claim.told.items() if key in found or key not in meta}
+    return {**found, **again}
+
+
+def _is_earned(claim: Claim, edit: Edit) -> bool:
+    item = claim.sources.meta(edit.key or "")
+    if claim.doubts is not None:
+        return True
+    if claim.row.facts is None:
+        known = client_of(item, claim.clients) is not None
+        return claim.may_write or (edit.action == "add" and known)
+    if edit.action == "delete":
+        return claim.may_write
+    digest = digest_of_value(edit.new)
+    if digest == claim.row.facts.get(edit.key or ""):
+        return True
+    return claim.is_own(item) or (claim.may_write and digest == claim.lost.get(edit.key or ""))
+
+
+def told_again(lacking: Mapping[str, bytes], structure: UpdateStructure) -> Mapping[str, Any]:
+    """The registered facts that a document lacks, as far as an update has their values.
+
+    Args:
+        lacking: Key -> digest; see :func:`crdt_llm.sync.ledger.missing_facts`.
+        structure: The update.
+    """
+    if not lacking:
+        return {}
+    told = Provenance(structure)
+    found: dict[str, Any] = {}
+    for key, digest in lacking.items():
+        item = told.meta(key)
+        if item is not None and isinstance(item.content, tuple):
+            value = normalise(item.content[-1])
+            if is_meta(key, value) and digest_of_value(value) == digest:
+                found[key] = value
+    return found
+
+
+def wrong_stops(claim: Claim) -> dict[str, str | None]:
+    """Whose stops must be put back, or taken away (``None``): the register's are right.
+
+    But a writer's own stays, and so does what was here before.
+    """
+    if not claim.knows_facts:
+        return {}
+    conversation, found = claim.conversation, dict[str, str | None]()
+    for name in _slots(claim, claim.row.stops.keys()):
+        said, wanted = conversation.plain(name, "stop"), stop_of(claim.row, name)
+        item = claim.sources.field(name, "stop")
+        is_own = said == claim.author.principal and claim.is_own(item)
+        if said != wanted and (said is None or (claim.brought(item) and not is_own)):
+            found[name] = wanted
+    return found
+
+
+def wrong_ends(claim: Claim) -> dict[str, dict[str, str | None]]:
+    """What must be written, or taken away (``None``), in slots that ended without a place."""
+    if not claim.knows_facts:
+        return {}
+    conversation, sources = claim.conversation, claim.sources
+    found: dict[str, dict[str, str | None]] = {}
+    for name in _slots(claim, claim.row.ends.keys()):
+        if conversation.has(name, "place"):
+            continue
+        said, (wanted, _) = conversation.plain(name, "state"), claim.row.ends.get(name, (None, b""))
+        fixed: dict[str, str | None] = {}
+        if said != wanted and (said is None or claim.brought(sources.field(name, "state"))):
+            fixed["state"] = wanted
+        if claim.brought(sources.field(name, "usage")) and not _is_registered(claim, name, "usage"):
+            fixed["usage"] = None
+        if fixed:
+            found[name] = fixed
+    return found
+
+
+def _slots(claim: Claim, registered: Iterable[str]) -> list[str]:
+    """Those of the document that a restore has touched, or that the register says something of."""
+    tree = claim.conversation.tree
+    names = {*registered, *claim.change.entries}
+    return sorted(name for name in names if name in tree and tree.facts(name).slot)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,12 @@ from crdt_llm.sync.restore import (
     in_doubt,
     judge,
     leftovers,
+    told_again,
     unconfirmed,
     unearned,
+    wrong_ends,
     wrong_rights,
+    wrong_stops,
 )
 from crdt_llm.sync.rights import WRITERS, right_of
 from crdt_llm.sync.shape import check_parents
@@ -63,6 +66,7 @@ class Restoring:
         self._relay_key = relay_key
         self._clients = clients
         self._in_doubt: dict[str, InDoubt] = {}
+        self._lost: Mapping[str, bytes] = {}  # the facts that were registered at first
 
     # -- who waits -----------------------------------------------------------------------------
 
@@ -73,6 +77,7 @@ class Restoring:
 
     async def load(self, row: Row, replica: Conversation) -> None:
         """Take up what a row remembers."""
+        self._lost = row.facts or {}
         waiting = {name: whose for name, whose in row.unconfirmed.items() if name in replica.tree}
         if waiting:
             sources = await _sources_of(replica)
@@ -134,6 +139,18 @@ class Restoring:
                     "unconfirmed", f"entry {edit.entry} waits until {whose} was here with it"
                 )
 
+    def may_mend(self, row: Row | None, replica: Conversation) -> bool:
+        """Whether an update may be of use that brings nothing new.
+
+        A registered fact is missing, and whoever sends all that it has may have its value.
+        """
+        return (
+            self.is_going_on
+            and row is not None
+            and replica.id is not None
+            and bool(ledger.missing_facts(row, replica))
+        )
+
     # -- one restore ---------------------------------------------------------------------------
 
     def row_of(self, replica: Conversation, row: Row | None) -> Row:
@@ -176,16 +193,20 @@ class Restoring:
             Refused: A rule is broken.
             Gap: Something that it builds on is not here.
         """
+        measure, document = self.row_of(replica, row), replica.diff()
+        lacking = ledger.missing_facts(measure, replica)
         claim = Claim(
             replica,
             change,
-            self.row_of(replica, row),
+            measure,
             author,
             self._relay_key,
             self._clients,
             known,
-            await _sources_of(replica),
+            await offload(len(document), partial(Provenance.of, document)),
             doubts if row is None else None,
+            await offload(len(document), partial(told_again, lacking, structure)),
+            self._lost,
         )
         for number, _ in enumerate(judge(claim), 1):
             if number % JUDGED_AT_ONCE == 0:
@@ -197,7 +218,8 @@ class Restoring:
         """Write what the register knows better, and what its bringer may not change."""
         replica, row = claim.conversation, claim.row
         rights, left, facts = wrong_rights(replica, row), leftovers(replica, row), unearned(claim)
-        if not rights and not left and not facts:
+        stops, ends = wrong_stops(claim), wrong_ends(claim)
+        if not (rights or left or facts or stops or ends):
             return ()
         with replica.writing() as writer:
             for principal, grant in rights.items():
@@ -209,6 +231,11 @@ class Restoring:
                     writer.redact(entry, *row.redacted[entry])
             for key, value in facts.items():
                 writer.set_meta(key, value)
+            for slot, who in stops.items():
+                writer.remove(slot, "stop") if who is None else writer.stop(slot, who)
+            for slot, fields in ends.items():
+                for key, said in fields.items():
+                    writer.remove(slot, key) if said is None else writer.set(slot, key, said)
         return writer.change.edits if writer.change is not None else ()
 
     def remember(self, claim: Claim) -> dict[int, str]:

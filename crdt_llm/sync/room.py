@@ -159,6 +159,12 @@ SPARE_BEHIND_MAX: Final = 64
 """Updates that the spare copy of a room's document may lag behind: joined, they cost like one."""
 
 
+OWN_CLIENTS_FROM: Final = 0xFF000000
+"""A room's client ids are among the greatest. Of values that were written at the same place the one
+under the greatest id counts; so what a room puts right counts in every replica, also in one that
+has something at the clocks that a forgery took here."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Submission:
     """One update on its way through a room.
@@ -794,7 +800,8 @@ class Room:
             return Lacking(str(look.missing))
         if self._restoring.confirm(look.structure, author, self._rights):
             self._is_noteworthy = batch.restored = True
-        if not look.brings:
+        mends = is_restore and self._restoring.may_mend(self._row, self._loaded_replica())
+        if not look.brings and not mends:
             return Known()
         pause_s = self._commits_again_at - self._clock()
         if pause_s > 0:
@@ -932,10 +939,7 @@ class Room:
             self._spare = Shadow(self._new_client_id(), self.diff())
 
     def _new_client_id(self) -> int:
-        client_id = 0
-        while client_id == 0:
-            client_id = int.from_bytes(self._random(4), "big")
-        return client_id
+        return OWN_CLIENTS_FROM | int.from_bytes(self._random(3), "big")
 
     async def _apply(self, submission: Submission, look: _Look, author: Author) -> Change:
         replica = self._loaded_replica()

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,6 +47,10 @@ ROW = Row(
     log_id="log",
     lsn=44,
     scrub_owed=True,
+    facts={"title": b"t" * 32},
+    former={"title": (b"u" * 32, b""), "": (b"",)},
+    stops={"S": ("will", "olga")},
+    ends={"E": ("failed", b"e" * 32), "F": ("superseded", b"")},
 )
 
 
@@ -160,6 +165,14 @@ def test_a_row_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_say_the_same_in_any_order() -> None:
     turned = replace(ROW, access=dict(sorted(ROW.access.items(), reverse=True)))
     assert turned.encode() == ROW.encode()
+
+
+def test_a_row_from_before_facts_were_kept_knows_none() -> None:
+    old = replace(ROW, facts=None, former={}, stops={}, ends={})
+    values = msgpack.unpackb(ROW.encode(), strict_map_key=False)
+    assert old.encode() == msgpack.packb(values[:12])
+    assert Row.decode(ROW.conversation, old.encode(), scrub_owed=True) == old
+    assert Row.decode(ROW.conversation, ROW.encode(), scrub_owed=True) == ROW
 
 
 @given(st.binary(max_size=80))

@@ -14,7 +14,7 @@ from sync.rooms import RELAY_KEY, Place, born, turns
 from crdt_llm.document.chain import lease_message
 from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.rules import Author
-from crdt_llm.document.schema import Grant
+from crdt_llm.document.schema import Grant, State, Usage
 from crdt_llm.errors import Refused, StoreFailed, Unavailable
 from crdt_llm.sync import ledger
 
@@ -95,6 +95,66 @@ async def test_the_row_follows_rights_and_withdrawals() -> None:
     assert writer.change is not None
     await owner.membership.submit(writer.change.update)
     assert dict(row(place).redacted) == {entry: ("owner", 12)}
+
+
+async def test_the_row_follows_facts_stops_and_ends_and_saves_once_for_each() -> None:
+    place = Place(leased=True)
+    owner, device = await born(place)
+    slots = [(await ask(device, owner))[1] for _ in range(2)]
+    node = await LeasedNode.sit(place)
+    assert (dict(row(place).facts or {}), row(place).former) == ({}, {})
+    before = place.saves
+    digests = [ledger.digest_of_value(title) for title in ("one", "two", "three")]
+    for title in ("one", "two", "three", "two"):
+        await owner.membership.submit(device.entitle(title))
+    assert place.saves == before + 4
+    assert row(place).facts == {"title": digests[1]}
+    assert row(place).former == {"title": (digests[2], digests[1], digests[0])}
+    await owner.membership.submit(device.entitle(None))
+    assert row(place).facts == {}
+    assert ledger.was_registered(row(place), "title", digests[0])
+    assert not ledger.was_registered(row(place), "title", ledger.digest_of_value("four"))
+    with device.replica.writing() as writer:
+        writer.stop(slots[0], "owner")
+    assert writer.change is not None
+    await owner.membership.submit(writer.change.update)
+    assert row(place).stops == {slots[0]: ("owner",)}
+    node.catch_up()
+    usage = Usage(finish="error", error_code="c", error_message="m")
+    with node.replica.writing() as said:
+        said.state(slots[0], State.SUPERSEDED)
+        said.state(slots[1], State.FAILED)
+        said.usage(slots[1], usage)
+    before = place.saves
+    await node.submit(said.change)
+    assert place.saves == before + 1
+    cost = ledger.digest_of_value(usage.plain())
+    assert row(place).ends == {slots[0]: ("superseded", b""), slots[1]: ("failed", cost)}
+    assert ledger.reconciled(row(place), document(place)) is row(place)
+
+
+async def test_of_facts_that_change_often_the_oldest_are_forgotten() -> None:
+    place = Place(leased=True)
+    owner, device = await born(place)
+    for number in range(ledger.FORMER_MAX + 2):
+        await owner.membership.submit(device.entitle(f"{number}"))
+    former = row(place).former["title"]
+    assert len(former) == ledger.FORMER_MAX
+    assert former[-1] == b""  # so anything may be one of them
+    assert ledger.was_registered(row(place), "title", ledger.digest_of_value("never"))
+
+
+async def test_a_row_made_of_a_log_does_not_know_what_was_before() -> None:
+    place = Place(leased=True)
+    owner, device = await born(place)
+    await owner.membership.submit(device.entitle("one"))
+    assert not ledger.was_registered(row(place), "title", b"any")
+    await owner.membership.submit(device.say("hello"))
+    place.rows.clear()
+    place.open_hub()
+    await place.join()
+    assert row(place).facts == {"title": ledger.digest_of_value("one")}
+    assert ledger.was_registered(row(place), "title", b"any")
 
 
 async def test_what_follows_step_by_step_is_what_the_document_says() -> None:

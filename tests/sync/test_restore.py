@@ -16,10 +16,11 @@ from sync.rooms import RELAY_KEY, Place, born, turns
 from crdt_llm.document.chain import lease_message, verify_path
 from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.keys import SigningKey
-from crdt_llm.document.schema import Birth, Grant, State, conversation_id
+from crdt_llm.document.schema import Birth, Grant, State, Usage, conversation_id
 from crdt_llm.document.seal import place_of
-from crdt_llm.errors import BadProof, Behind, Forbidden, Gap, Refused
+from crdt_llm.errors import BadProof, Behind, Forbidden, Gap, Refused, StoreFailed
 from crdt_llm.store.memory import MemoryDisk
+from crdt_llm.store.register import Row
 from crdt_llm.sync import ledger
 from crdt_llm.sync.access import Pass
 from crdt_llm.sync.frames import Ack, Opened, Restore
@@ -760,6 +761,337 @@ async def test_only_a_node_that_was_known_ended_a_request_without_a_place() -> N
     assert refused.value.code == "node-field"
     await restored(world, document, "rita")
     assert world.replica().state(slot) is State.SUPERSEDED
+
+
+# -- what the register has of facts, stops and ends ----------------------------------------------
+
+
+def forged_under(client: int, document: bytes, write: Callable[[Any], object]) -> bytes:
+    """A document with something in it that was written under a client id of somebody else."""
+    doc: Doc[Any] = Doc(client_id=client)
+    meta, entries = doc.get("meta", type=Map), doc.get("entries", type=Map)
+    doc.apply_update(document)
+    with doc.transaction():
+        write({"meta": meta, "entries": entries})
+    return bytes(doc.get_update())
+
+
+FORGED_COST = Usage(finish="error", error_code="c", error_message="forged").plain()
+
+
+@dataclass
+class Ends:
+    """A conversation with all that a row has of facts, and what came just before the last of it.
+
+    The owner has named it and stopped its reply, a node has ended a request; another one waits.
+    """
+
+    world: World
+    before: bytes
+    waiting: str
+    superseded: str
+
+    @classmethod
+    async def make(cls, last: str) -> Ends:
+        world = await a_world()
+        await world.owner.membership.submit(world.device.entitle("an old name"))
+        _, superseded = await ask(world.device, world.owner, "more?")
+        _, waiting = await ask(world.device, world.owner, "and more?")
+        writes = {"title": cls._name, "stop": cls._stop, "end": cls._end}
+        ends = cls(world, b"", waiting, superseded)
+        for what in sorted(writes, key=lambda what: what == last):
+            ends.before = world.document()
+            await writes[what](ends)
+        await world.catch_up()
+        return ends
+
+    async def _name(self) -> None:
+        await self.world.owner.membership.submit(self.world.device.entitle("its name"))
+
+    async def _stop(self) -> None:
+        with self.world.device.replica.writing() as writer:
+            writer.stop(self.world.streaming, "owner")
+        assert writer.change is not None
+        await self.world.owner.membership.submit(writer.change.update)
+
+    async def _end(self) -> None:
+        node = self.world.node
+        node.catch_up()
+        with node.replica.writing() as writer:
+            writer.state(self.superseded, State.FAILED)
+            writer.usage(self.superseded, Usage(finish="error", error_code="c", error_message="m"))
+        await node.submit(writer.change)
+
+    def client(self, what: str) -> int:
+        node, device = self.world.node.replica, self.world.device.replica
+        return node.client_id if what == "end" else device.client_id
+
+    def forge(self, roots: Any, what: str) -> None:
+        slot = roots["entries"][self.waiting]
+        if what == "title":
+            roots["meta"]["title"] = "forged"
+        elif what == "stop":
+            slot["stop"] = "owner"
+        else:
+            slot["state"] = "failed"
+            slot["usage"] = FORGED_COST
+
+    def check(self, replica: Conversation) -> None:
+        """All is as it was registered, and nothing else."""
+        assert replica.meta.title == "its name"
+        assert replica.plain(self.world.streaming, "stop") == "owner"
+        assert replica.state(self.superseded) is State.FAILED
+        self.check_nothing_forged(replica)
+
+    def check_nothing_forged(self, replica: Conversation) -> None:
+        assert replica.meta.title in {"", "its name"}
+        for key in ("stop", "state", "usage"):
+            assert not replica.has(self.waiting, key)
+        usage = replica.plain(self.superseded, "usage")
+        assert usage is None or usage["error"]["message"] == "m"
+
+
+@pytest.mark.parametrize(
+    ("what", "instead"),
+    [
+        ("title", None),
+        ("title", "title"),
+        ("title", "stop"),
+        ("stop", None),
+        ("stop", "stop"),
+        ("stop", "title"),
+        ("end", None),
+        ("end", "end"),
+    ],
+)
+async def test_a_reader_forges_nothing_under_a_known_client_id(
+    what: str, instead: str | None
+) -> None:
+    """Past the end of what was written under it, or within it, in the place of what is true."""
+    ends = await Ends.make(instead or "title")
+    world = ends.world
+    true = world.document()
+    base = true if instead is None else ends.before
+    forged = forged_under(ends.client(what), base, lambda roots: ends.forge(roots, what))
+    for bringer in ("rita", "will"):
+        world.lose_log(f"a log for {bringer}")
+        with pytest.raises(Refused) as refused:
+            await restored(world, forged, bringer)
+        assert refused.value.code == {"title": "meta", "end": "node-field"}.get(what, what)
+        assert world.place.durable == 0
+    # Nothing of it is in the way of what is true.
+    owner = await restored(world, true)
+    ends.check(world.replica())
+    world.device.merge(world.document())
+    ends.check(world.device.replica)
+    await owner.membership.submit(world.device.say("it goes on"))
+
+
+@pytest.mark.parametrize("what", ["title", "stop", "end"])
+async def test_what_may_be_older_than_the_row_is_left_out(what: str) -> None:
+    """A row that was made of a log does not know what there was before."""
+    ends = await Ends.make("title")
+    world = ends.world
+    true, row = world.document(), world.place.rows[CONVERSATION]
+    world.place.rows[CONVERSATION] = row = replace(row, former={"": (b"",)})
+    forged = forged_under(ends.client(what), true, lambda roots: ends.forge(roots, what))
+    world.lose_log()
+    rita = await restored(world, forged, "rita")
+    ends.check_nothing_forged(world.replica())
+    found = world.place.rows[CONVERSATION]
+    assert (found.facts, found.stops, found.ends) == (row.facts, row.stops, row.ends)
+    # Who brought it hears of that, as whoever is there.
+    theirs = Conversation(5, update=forged)
+    for update in rita.heard:
+        theirs.apply(update)
+    ends.check_nothing_forged(theirs)
+    await restored(world, true)  # what was lost to a forgery is told again
+    ends.check(world.replica())
+    world.device.merge(world.document())
+    ends.check(world.device.replica)
+
+
+@pytest.mark.parametrize("bringer", ["rita", "will", "owner"])
+async def test_what_is_registered_comes_back_with_anybody(bringer: str) -> None:
+    ends = await Ends.make("stop")
+    before = ends.world.replica()
+    ends.world.lose_log()
+    await restored(ends.world, before.diff(), bringer)
+    after = ends.world.replica()
+    ends.check(after)
+    assert after.state_vector() == before.state_vector()  # nothing was written to put it right
+    usage = after.plain(ends.superseded, "usage")
+    assert usage["error"]["message"] == "m"
+
+
+async def test_a_replica_that_is_older_takes_nothing_from_what_is_registered() -> None:
+    ends = await Ends.make("title")
+    world, true, older = ends.world, ends.world.document(), ends.before
+    assert Conversation(5, update=older).meta.title == "an old name"
+    world.lose_log()
+    await restored(world, older, "rita")
+    assert world.replica().meta.title == ""  # a digest has no value that could be put back
+    await restored(world, true, "rita")
+    ends.check(world.replica())
+    world.lose_log("a third log")
+    await restored(world, older, "owner")
+    assert world.replica().meta.title == "an old name"  # its own, as it stands there
+    await restored(world, true, "will")
+    ends.check(world.replica())
+
+
+async def test_stops_and_ends_are_put_back_where_a_replica_is_older() -> None:
+    ends = await Ends.make("title")
+    world = ends.world
+    older = Conversation(5, update=ends.before)
+    with older.writing() as writer:
+        writer.remove(world.streaming, "stop")
+        writer.remove(ends.superseded, "state")
+        writer.remove(ends.superseded, "usage")
+    world.lose_log()
+    await restored(world, older.diff(), "rita")
+    assert world.replica().plain(world.streaming, "stop") == "owner"
+    assert world.replica().state(ends.superseded) is State.FAILED
+    document = world.document()
+    world.lose_log("a third log")  # what a room has put back comes again with anybody
+    await restored(world, document, "rita")
+    assert world.replica().plain(world.streaming, "stop") == "owner"
+    assert world.replica().state(ends.superseded) is State.FAILED
+
+
+async def test_a_cost_that_is_not_the_registered_one_does_not_count() -> None:
+    ends = await Ends.make("title")
+    world, slot = ends.world, ends.superseded
+
+    def rewrite(roots: Any) -> None:
+        roots["entries"][slot]["usage"] = FORGED_COST
+
+    true = world.document()
+    forged = forged_under(ends.client("end"), true, rewrite)
+    world.lose_log()
+    with pytest.raises(Refused) as refused:
+        await restored(world, forged, "rita")
+    assert refused.value.code == "node-field"
+    row = world.place.rows[CONVERSATION]
+    world.place.rows[CONVERSATION] = replace(row, former={"": (b"",)})
+    world.lose_log("a third log")
+    await restored(world, forged, "rita")
+    assert not world.replica().has(slot, "usage")
+    assert world.replica().state(slot) is State.FAILED
+    assert world.place.rows[CONVERSATION].ends == row.ends
+
+
+async def test_a_writer_forges_nothing_in_anothers_name_and_brings_its_own() -> None:
+    ends = await Ends.make("title")
+    world = ends.world
+
+    def forge(roots: Any) -> None:
+        roots["meta"]["title"] = "forged"
+        roots["entries"][ends.waiting]["stop"] = "owner"
+
+    forged = forged_under(ends.client("title"), world.document(), forge)
+    will = Device(Random(99), "will")
+    will.merge(world.document())
+    with will.replica.writing() as writer:
+        writer.set_meta("model", "as will says")
+        writer.stop(ends.waiting, "will")
+    world.lose_log()
+    with pytest.raises(Refused):
+        await restored(world, forged, "will")
+    await restored(world, will.replica.diff(), "will")
+    assert world.replica().meta.model == "as will says"
+    assert world.replica().plain(ends.waiting, "stop") == "will"
+    assert world.place.rows[CONVERSATION].stops[ends.waiting] == ("will",)
+
+
+async def lagging(ends: Ends) -> bytes:
+    """A document of which the register does not have the last change: it was killed in between."""
+    world = ends.world
+    kept = world.place.rows[CONVERSATION]
+    world.place.register_failing = "register-before-commit"
+    with world.device.replica.writing() as writer:
+        writer.set_meta("title", "a newer name")
+        writer.stop(ends.waiting, "owner")
+    assert writer.change is not None
+    with pytest.raises(StoreFailed):
+        await world.owner.membership.submit(writer.change.update)
+    world.place.register_failing = None
+    assert world.place.rows[CONVERSATION] is kept
+    return world.device.replica.diff()
+
+
+async def test_a_row_that_lags_behind_refuses_no_honest_restore() -> None:
+    """Nobody but its author has what was not registered: it was never handed out."""
+    ends = await Ends.make("title")
+    newest = await lagging(ends)
+    world = ends.world
+    world.lose_log()
+    await restored(world, ends.before, "will")  # as far as he ever heard
+    with pytest.raises(Refused):
+        await restored(world, newest, "will")  # he cannot have it
+    await restored(world, newest)
+    assert world.replica().meta.title == "a newer name"
+    assert world.replica().plain(ends.waiting, "stop") == "owner"
+    row = world.place.rows[CONVERSATION]
+    assert row.stops == {world.streaming: ("owner",), ends.waiting: ("owner",)}
+    assert ledger.missing_facts(row, world.replica()) == {}
+
+
+async def test_a_row_that_lags_behind_follows_a_log_that_is_there() -> None:
+    ends = await Ends.make("title")
+    await lagging(ends)
+    world = ends.world
+    world.place.open_hub(seed=2)
+    await world.place.join()
+    row = world.place.rows[CONVERSATION]
+    assert row.stops == {world.streaming: ("owner",), ends.waiting: ("owner",)}
+    assert ledger.missing_facts(row, world.replica()) == {}
+
+
+async def test_a_restore_that_the_register_did_not_hear_of_comes_again() -> None:
+    ends = await Ends.make("title")
+    world, true = ends.world, ends.world.document()
+    for seam in ("register-before-commit", "register-after-commit"):
+        world.lose_log(f"a log for {seam}")
+        member = await world.place.join("rita")
+        world.place.register_failing = seam
+        with pytest.raises(StoreFailed):
+            await member.membership.submit(ends.before, restore=True)
+        world.place.register_failing = None
+        world.place.open_hub(seed=5)
+        ends.check_nothing_forged(await _loaded(world))
+        await restored(world, true)
+        ends.check(world.replica())
+
+
+async def _loaded(world: World) -> Conversation:
+    await world.place.join()
+    return world.replica()
+
+
+async def test_a_row_from_before_facts_were_kept_believes_client_ids() -> None:
+    ends = await Ends.make("title")
+    world, true = ends.world, ends.world.document()
+    forged = forged_under(ends.client("title"), true, lambda roots: ends.forge(roots, "title"))
+    row = world.place.rows[CONVERSATION]
+    old = replace(row, facts=None, stops={}, ends={})
+    world.place.rows[CONVERSATION] = Row.decode(CONVERSATION, old.encode(), scrub_owed=False)
+    world.lose_log()
+    await restored(world, true, "rita")
+    ends.check(world.replica())
+    assert world.place.rows[CONVERSATION].facts is None
+    world.lose_log("a third log")
+    await restored(world, forged, "rita")
+    assert world.replica().meta.title == "forged"
+    # A room that finds its log whole knows them from then on.
+    world.lose_log("a fourth log")
+    await restored(world, true)
+    await LeasedNode.sit(world.place, seed=3)
+    await world.place.hub.close()
+    world.place.open_hub(seed=4)
+    await world.place.join()
+    found = world.place.rows[CONVERSATION]
+    assert (found.facts, found.stops, found.ends) == (row.facts, row.stops, row.ends)
 
 
 async def test_what_came_with_a_restore_can_be_brought_back_again_and_confirmed() -> None:
