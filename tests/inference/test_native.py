@@ -511,7 +511,7 @@ def run_path(
     model: Model, pool: KvPool, rows: Tensor, slots: Sequence[int], cuts: Sequence[int] = ()
 ) -> None:
     """Compute a path from its beginning, a tile at a time and cut here and there."""
-    ends = sorted({*cuts, *range(TILE, len(rows), TILE), len(rows)})
+    ends = sorted({*cuts, *range(TILE, len(rows), TILE), len(rows)} - {0})
     for start, end in zip([0, *ends], ends, strict=False):
         chunk = Chunk(start, end - start, slots[: start // TILE + 1])
         model.step.forward(rows[start:end].clone(), [chunk], pool)
@@ -626,6 +626,9 @@ def test_what_is_no_number_stays_so_and_where_it_is(weight_format: str) -> None:
     logits = model.step.logits(pool.hidden[:, 0])
     assert logits[0].isfinite().all()
     assert logits[1].isnan().all()
+    beside_numbers = pool.hidden[:1, 0].clone()
+    beside_numbers[0, 0] = torch.nan
+    assert model.step.logits(beside_numbers).isnan().all()
 
 
 @needs_kernels
@@ -682,10 +685,11 @@ COMPANIES = st.lists(
 
 @needs_kernels
 @FORMATS
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     steps=COMPANIES,
     lengths=st.lists(st.integers(1, 590), min_size=PATHS, max_size=PATHS),
+    starts=st.lists(st.integers(0, 589), min_size=PATHS, max_size=PATHS),
     head=st.sampled_from([16, 48, 64, 80, 128]),
     group=st.integers(1, 8),
     extras=st.booleans(),
@@ -695,20 +699,22 @@ def test_no_company_cut_or_thread_leaves_a_trace(
     weight_format: str,
     steps: list[tuple[set[int], list[int], int]],
     lengths: list[int],
+    starts: list[int],
     head: int,
     group: int,
     extras: bool,
 ) -> None:
-    shape = replace(SHAPE, layers=1, heads=2 * group, head_dim=head)
+    shape = replace(SHAPE, layers=3, heads=2 * group, head_dim=head)
     torch.set_num_threads(THREADS)
     model = new_model(shape, weight_format, biases=extras, head_norm=extras)
     paths = [embeddings(model, length, seed) for seed, length in enumerate(lengths)]
     tiles = [list(range(path, 3 * PATHS, PATHS)) for path in range(PATHS)]
     torch.set_num_threads(1)
     alone, pool = model.pool(3 * PATHS), model.pool(3 * PATHS)
-    for path_rows, slots in zip(paths, tiles, strict=True):
-        run_path(model, alone, path_rows, slots)
-    done = [0] * PATHS
+    done = [min(each) for each in zip(starts, lengths, strict=True)]
+    for path, slots in enumerate(tiles):
+        run_path(model, alone, paths[path], slots)
+        run_path(model, pool, paths[path][: done[path]], slots)
     turn = 0
     while done != lengths:
         chosen, most, threads = steps[turn % len(steps)]
@@ -717,7 +723,7 @@ def test_no_company_cut_or_thread_leaves_a_trace(
         for path in sorted(chosen.intersection(left)) or left[:1]:
             start = done[path]
             room = min(lengths[path] - start, TILE - start % TILE)
-            rows = min(room, most[path] if turn < 20 else TILE)
+            rows = min(room, most[path] if turn < 40 else TILE)
             chunks.append(Chunk(start, rows, tiles[path][: start // TILE + 1]))
             parts.append(paths[path][start : start + rows])
             done[path] += rows
@@ -742,7 +748,7 @@ def test_calls_on_more_and_fewer_threads_in_quick_succession() -> None:
     run_path(model, pool, rows, [0])
     expected = pool.hidden[0, :3].clone()
     choice = random.Random(1)
-    for _ in range(300):
+    for _ in range(150):
         torch.set_num_threads(choice.randint(1, THREADS + 3))
         pool.hidden[0, :3] = 0
         run_path(model, pool, rows, [0], cuts=(choice.randint(1, 2),))
@@ -832,6 +838,7 @@ def test_a_model_that_nobody_has_is_freed(monkeypatch: pytest.MonkeyPatch) -> No
 @needs_kernels
 @FORMATS
 def test_steps_that_grow_and_shrink_take_no_more_memory(weight_format: str) -> None:
+    torch.set_num_threads(2)
     model = new_model(replace(SHAPE, hidden=256, intermediate=512, heads=16), weight_format)
     pool = model.pool(3)
     rows = embeddings(model, TILE)
@@ -845,7 +852,7 @@ def test_steps_that_grow_and_shrink_take_no_more_memory(weight_format: str) -> N
     for _ in range(3):
         steps()
     before = resident_bytes()
-    for _ in range(20):
+    for _ in range(12):
         steps()
     assert resident_bytes() - before < 2**22
 
@@ -862,6 +869,7 @@ def test_a_fork_computes_alone_and_ends() -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of any fork
         child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(60)  # who waits for a thread that is not there is ended
         run_path(model, pool, rows, [0])
         same = torch.equal(pool.hidden[0, 0], expected)
