@@ -887,14 +887,18 @@ async def test_a_reader_forges_nothing_under_a_known_client_id(
     await owner.membership.submit(world.device.say("it goes on"))
 
 
-@pytest.mark.parametrize("what", ["title", "stop", "end"])
-async def test_what_may_be_older_than_the_row_is_left_out(what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "instead"),
+    [("title", None), ("title", "title"), ("stop", None), ("end", None), ("end", "end")],
+)
+async def test_what_may_be_older_than_the_row_is_left_out(what: str, instead: str | None) -> None:
     """A row that was made of a log does not know what there was before."""
-    ends = await Ends.make("title")
+    ends = await Ends.make(instead or "title")
     world = ends.world
     true, row = world.document(), world.place.rows[CONVERSATION]
     world.place.rows[CONVERSATION] = row = replace(row, former={"": (b"",)})
-    forged = forged_under(ends.client(what), true, lambda roots: ends.forge(roots, what))
+    base = true if instead is None else ends.before
+    forged = forged_under(ends.client(what), base, lambda roots: ends.forge(roots, what))
     world.lose_log()
     rita = await restored(world, forged, "rita")
     ends.check_nothing_forged(world.replica())
