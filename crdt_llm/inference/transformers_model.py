@@ -220,12 +220,13 @@ class TransformersModel:
         ]
         if not layers or len(layers) < len(cache.layers):
             raise self._refusal("has layers that keep no keys and values")
-        kinds = {(*part.shape[:3], part.dtype) for pair in layers for part in pair}
-        widths = {(keys.shape[-1], values.shape[-1]) for keys, values in layers}
-        if len(kinds) > 1 or len(widths) > 1 or layers[0][0].shape[2] != sum(PROBE_CHUNKS):
+        kinds = {(*keys.shape, *values.shape, keys.dtype, values.dtype) for keys, values in layers}
+        (keys, values), *_ = layers
+        _, kv_heads, length, width = keys.shape
+        alike = len(kinds) == 1 and keys.shape[:3] == values.shape[:3]
+        if not alike or keys.dtype != values.dtype or length != sum(PROBE_CHUNKS):
             raise self._refusal("has layers with keys and values of different sizes")
-        _, kv_heads, _, dtype = kinds.pop()
-        return RowShape(len(layers), kv_heads, max(*widths.pop()), hidden, dtype)
+        return RowShape(len(layers), kv_heads, max(width, values.shape[-1]), hidden, keys.dtype)
 
     def _agree(self, found: Tensor, expected: Tensor) -> bool:
         deviations = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
@@ -283,9 +284,13 @@ class _PathLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # of the li
         self._length = self._chunk.position + self._chunk.rows
         return self._extend(self._keys, key_states), self._extend(self._values, value_states)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many positions are attended to, and the first of them."""
-        return self._length + query_length, 0
+    def get_mask_sizes(self, *_: object, **__: object) -> tuple[int, int]:
+        """How many positions are attended to, and the first of them.
+
+        The rows that ask are told by their number or by their positions, as the release has it;
+        they are those of the chunk.
+        """
+        return self._chunk.position + self._chunk.rows, 0
 
     def get_seq_length(self) -> int:
         """How many positions are there."""
@@ -293,6 +298,10 @@ class _PathLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # of the li
 
     def get_max_length(self) -> int:
         """No bound of its own."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """As :meth:`get_max_length`, which earlier releases of transformers call so."""
         return -1
 
     def _extend(self, pool: Tensor, rows: Tensor) -> Tensor:
