@@ -31,6 +31,8 @@ class ServedProcess:
         model_dir: the model.
         node: whether it has a node of its own.
         lease_ttl_s: how long a lease goes on that is not renewed; as usual by default.
+        native: whether the engine may use its native kernels; a tiny model's reply is over in no
+            time with them.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class ServedProcess:
         *,
         node: bool = True,
         lease_ttl_s: float | None = None,
+        native: bool = True,
     ) -> None:
         self.folder = DataFolder(folder / "data")
         self.url = ""
@@ -47,6 +50,7 @@ class ServedProcess:
         self._model_dir = model_dir
         self._node = node
         self._lease_ttl_s = lease_ttl_s
+        self._environment = os.environ | ({} if native else {"CXX": "no-compiler"})
         self._port = 0
         self._process: asyncio.subprocess.Process | None = None
 
@@ -74,6 +78,7 @@ class ServedProcess:
                 *words,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=messages,
+                env=self._environment,
             )
         assert self._process.stdout is not None
         async with asyncio.timeout(READY_S_MAX):

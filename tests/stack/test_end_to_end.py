@@ -27,15 +27,17 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 KILLS: Final = 3  # within one reply; each costs the start of an engine
-TINY_TOKENS: Final = 900  # about a second of the tiny model
-REAL_TOKENS: Final = 48
+TINY_TOKENS: Final = 900  # about a second of the tiny model in torch's operations
+REAL_TOKENS: Final = 160  # about a second of the real model
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def tiny_server(
     tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path
 ) -> AsyncIterator[ServedProcess]:
-    async with ServedProcess(tmp_path_factory.mktemp("tiny"), tiny_model_dir) as server:
+    async with ServedProcess(
+        tmp_path_factory.mktemp("tiny"), tiny_model_dir, native=False
+    ) as server:
         yield server
 
 
@@ -123,7 +125,7 @@ async def check_kills_change_no_token(
         whole = await (await phone.ask("Write about the river.", **sampling)).entry()
         assert whole.state is State.DONE
         again = await laptop.regenerate(whole.id, **sampling)
-        moments = sorted(random.sample(range(len(whole.content) * 3 // 4), kills))
+        moments = sorted(random.sample(range(len(whole.content) // 2), kills))
         for moment in moments:
             await until(laptop, lambda m=moment: len(laptop.entry(again.id).content) >= m)  # type: ignore[misc]
             await die_and_come_back(server, devices, again.id)
@@ -133,7 +135,8 @@ async def check_kills_change_no_token(
         assert len(ids) == sampling["max_tokens"]
         assert (reply.state, reply.content) == (State.DONE, whole.content)
         assert reply.usage is not None
-        assert reply.usage.prefilled == reply.usage.prompt, "not exactly one replay in this life"
+        # One replay in this life; none if the engine had the time to write the prompt's KV to disk.
+        assert reply.usage.prefilled in {0, reply.usage.prompt}
         await check_all_agree(server, devices, said_meanwhile=kills)
 
 
