@@ -425,11 +425,15 @@ def test_a_step_on_a_device_touches_no_memory_of_the_host(
     model._device = device
     waited: list[torch.device] = []
     monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    read: list[torch.device] = []
+    embedding = model._model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda _, words: read.append(words[0].device))
     pool = model.new_pool(4 * model.slot_bytes)
     assert pool.kv.device == pool.hidden.device == device
     chunks = [Chunk(300, 19, [3, 1]), Chunk(5, 1, [2])]
     with torch.inference_mode():
         model.forward(torch.zeros(20, dtype=torch.int64), chunks, pool)
+        assert read == [device, device]
         pool.copy_rows(1, 0, 9)
         pool.wipe(0, 3)
         host = model._rows
