@@ -491,6 +491,7 @@ def test_the_fingerprint_follows_the_weights(
     engine: TorchEngine, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(tiny_model_dir, tmp_path / "copy")
+    assert isinstance(engine._model, Llama)
     like = engine._model.weight_format, isinstance(engine._model._step, NativeStep)
 
     def found() -> str:
