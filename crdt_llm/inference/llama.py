@@ -166,6 +166,9 @@ def read_shape(config: dict[str, Any]) -> Shape:
         raise ModelUnusable(message) from error
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ModelUnusable("the model's configuration has a size that is no number") from error
+    sizes = (shape.layers, shape.hidden, shape.intermediate, shape.heads, shape.kv_heads)
+    if min(*sizes, shape.head_dim, shape.vocabulary, shape.positions) < 1:
+        raise ModelUnusable("the model's configuration has a size below 1")
     if shape.heads % shape.kv_heads or shape.head_dim % 2:
         raise ModelUnusable("the configuration has head counts or sizes that do not divide")
     return shape
@@ -254,7 +257,7 @@ class Llama:
         self.fingerprint = fingerprint(folder, config, weight_format, self._step.build)
         weights = Weights(folder)
         table_shape = (shape.vocabulary, shape.hidden)
-        self._embedding = weights.take("model.embed_tokens.weight", *table_shape)
+        self._embedding = finite(weights.take("model.embed_tokens.weight", *table_shape))
         for index in range(shape.layers):
             self._step.add_layer(read_layer(weights, shape, index))
         norm = weights.take("model.norm.weight", shape.hidden).float()

@@ -119,7 +119,7 @@ class NativeStep:
         self._tables = cosines.contiguous(), sines.contiguous()  # the model points into them
         told = _Sizes(*sizes, _FORMATS[weight_format], shape.norm_epsilon)
         # Threads beyond those of a call sleep, so there may be as many as anybody could ask for.
-        threads = max(torch.get_num_threads(), os.cpu_count() or 1)
+        threads = max(torch.get_num_threads(), len(os.sched_getaffinity(0)))
         new = self._code.crdt_llm_new
         new.restype = _Pointer
         self._model = _Pointer(new(ctypes.byref(told), *map(_address, self._tables), threads))

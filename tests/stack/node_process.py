@@ -110,7 +110,8 @@ class NodeProcess:
                 *words,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=messages,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                # In torch's operations, lest a tiny model's reply is over before it is cut.
+                env=os.environ | {"OMP_NUM_THREADS": "1", "CXX": "no-compiler"},
             )
         assert self._process.stdout is not None
         async with asyncio.timeout(READY_S_MAX):

@@ -25,7 +25,9 @@ DEADLINE_S = 60.0  # a crash costs the start of an engine, on a machine with oth
 async def server(
     tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path
 ) -> AsyncIterator[ServedProcess]:
-    async with ServedProcess(tmp_path_factory.mktemp("conformance"), tiny_model_dir) as server:
+    async with ServedProcess(
+        tmp_path_factory.mktemp("conformance"), tiny_model_dir, native=False
+    ) as server:
         yield server
 
 

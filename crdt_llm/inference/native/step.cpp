@@ -12,7 +12,7 @@
 
 namespace crdt_llm {
 
-// -- what crosses the interface; the same in kernels.py
+// -- what crosses the interface; the same in native_step.py
 // ---------------------------------------------
 
 struct Sizes {
