@@ -7,10 +7,12 @@ of :mod:`~crdt_llm.inference.kv`, and what is computed into it that of a model.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from crdt_llm.errors import LocalMisuse, ModelUnusable
@@ -57,13 +59,16 @@ class RowShape:
 def _lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeroed memory; on the host the system maps it when it is first touched.
 
-    numpy asks for it with ``calloc``; ``torch.zeros`` writes every byte, which for the whole budget
-    takes seconds and makes it resident at once.
+    In huge pages where it has some: the rows of a tile lie all over it, so that with small pages
+    the first rows of a new tile cost hundreds of page faults, which take longer than a step.
     """
     if device.type != HOST.type:
         return torch.zeros(*shape, dtype=dtype, device=device)
-    width = dtype.itemsize
-    return torch.from_numpy(np.zeros((*shape[:-1], shape[-1] * width), np.uint8)).view(dtype)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
+        with contextlib.suppress(OSError):  # a kernel without them: small ones do
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
 class KvPool:

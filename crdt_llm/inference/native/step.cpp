@@ -49,10 +49,10 @@ struct Chunk {
 
 namespace {
 
-constexpr int FEW_ROWS = 2;        // each thread makes their operands for itself: no barrier
-constexpr int ROWS_A_TASK = 24;    // of a product: a multiple of what is computed together
-constexpr int SPLIT_ROWS_MAX = 4;  // chunks of up to so many rows share their tiles out to threads
-constexpr int ROWS_A_BLOCK = 32;   // of attention, in longer chunks
+constexpr int FEW_ROWS = 2;         // each thread makes their operands for itself: no barrier
+constexpr int ROWS_A_TASK = 24;     // of a product: a multiple of what is computed together
+constexpr int SPLIT_ROWS_MAX = 32;  // chunks of up to so many rows share their tiles out to threads
+constexpr int ROWS_A_BLOCK = 32;    // of attention, in longer chunks
 
 std::vector<float> copied(const float* values, size_t count) {
   return values ? std::vector<float>(values, values + count) : std::vector<float>();
