@@ -17,6 +17,10 @@ WORTH: Final = 1.15
 """CPU time over wall time of a step, from which on more than one thread is worth having. An
 undisturbed step has 1.3 to 1.9 with two."""
 
+BAD_STEPS_MIN: Final = 4
+"""So many steps in a row must have been held up. One alone says that some other program had
+something to do for a moment, such as to pass on what the step before it found."""
+
 ALONE_STEPS_MIN: Final = 8
 ALONE_STEPS_MAX: Final = 128
 """Steps until the whole team has another try. A try in a bad moment costs as much as ten steps, so
@@ -33,6 +37,7 @@ class Team:
     def __init__(self, most: int) -> None:
         self._most = most
         self._alone = 0
+        self._bad = 0
         self._pause = ALONE_STEPS_MIN
 
     @property
@@ -47,7 +52,12 @@ class Team:
         if self._alone:
             self._alone -= 1
         elif cpu_s < WORTH * wall_s:
-            self._alone = self._pause
-            self._pause = min(2 * self._pause, ALONE_STEPS_MAX)
+            self._bad += 1
+            if self._bad >= BAD_STEPS_MIN:
+                self._alone = self._pause
+                self._pause = min(2 * self._pause, ALONE_STEPS_MAX)
+                # The next try has one step to show that it is worth it.
+                self._bad = BAD_STEPS_MIN - 1
         else:
+            self._bad = 0
             self._pause = ALONE_STEPS_MIN

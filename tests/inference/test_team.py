@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crdt_llm.inference.team import ALONE_STEPS_MAX, ALONE_STEPS_MIN, Team
+from crdt_llm.inference.team import ALONE_STEPS_MAX, ALONE_STEPS_MIN, BAD_STEPS_MIN, Team
 
 
 def steps_alone(team: Team) -> int:
@@ -23,6 +23,8 @@ def test_an_undisturbed_team_stays_together() -> None:
 
 def test_a_team_that_is_held_up_leaves_the_work_to_one_for_longer_each_time() -> None:
     team = Team(4)
+    for _ in range(BAD_STEPS_MIN - 1):
+        team.note(wall_s=1.0, cpu_s=0.3)
     pauses = []
     for _ in range(7):
         assert team.threads == 4
@@ -31,8 +33,16 @@ def test_a_team_that_is_held_up_leaves_the_work_to_one_for_longer_each_time() ->
     assert pauses == [8, 16, 32, 64, 128, 128, 128]
     assert (pauses[0], pauses[-1]) == (ALONE_STEPS_MIN, ALONE_STEPS_MAX)
     team.note(wall_s=1.0, cpu_s=3.0)
-    team.note(wall_s=1.0, cpu_s=0.3)
+    for _ in range(BAD_STEPS_MIN):
+        team.note(wall_s=1.0, cpu_s=0.3)
     assert steps_alone(team) == ALONE_STEPS_MIN
+
+
+def test_a_team_that_is_held_up_now_and_then_stays_together() -> None:
+    team = Team(2)
+    for step in range(100):
+        team.note(wall_s=1.0, cpu_s=1.4 if step % BAD_STEPS_MIN == 0 else 1.0)
+        assert team.threads == 2
 
 
 def test_one_thread_is_a_team() -> None:
