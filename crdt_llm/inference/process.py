@@ -71,6 +71,7 @@ class EngineProcess:
         kv_memory_bytes: int | None = None,
         kv_folder: Path | None = None,
         kv_disk_bytes: int | None = None,
+        tokens_wait_s: float | None = None,
     ) -> Self:
         """Start the process and wait until the model is loaded.
 
@@ -84,6 +85,8 @@ class EngineProcess:
             kv_folder: where KV is written that leaves memory, or that should outlive the process;
                 it belongs to this engine alone. None writes nothing.
             kv_disk_bytes: the most that this folder may take; the engine's default if None.
+            tokens_wait_s: how long a token may wait for the next ones to cross the pipe with them;
+                the engine's default if None.
 
         Raises:
             ModelUnusable: the model or the device cannot be used; one line says why.
@@ -97,6 +100,7 @@ class EngineProcess:
             ("--kv-memory-bytes", kv_memory_bytes),
             ("--kv-folder", kv_folder),
             ("--kv-disk-bytes", kv_disk_bytes),
+            ("--tokens-wait-s", tokens_wait_s),
         ):
             if value is not None:
                 arguments += [name, str(value)]

@@ -110,10 +110,17 @@ class Reports:
     Args:
         sink: the pipe.
         clock: seconds, monotonic.
+        tokens_wait_s: how long a token may wait.
     """
 
-    def __init__(self, sink: BinaryIO, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        sink: BinaryIO,
+        clock: Callable[[], float] = time.monotonic,
+        tokens_wait_s: float = TOKENS_WAIT_S_MAX,
+    ) -> None:
         self._sink = sink
+        self._tokens_wait_s = tokens_wait_s
         self._clock = clock
         self._waiting = bytearray()
         self._since_s: float | None = None  # the oldest of what waits
@@ -143,7 +150,7 @@ class Reports:
         """Write what must not wait for another step that takes as long as this one."""
         if self._since_s is None:
             return
-        if self._is_urgent or self._clock() - self._since_s + took_s > TOKENS_WAIT_S_MAX:
+        if self._is_urgent or self._clock() - self._since_s + took_s > self._tokens_wait_s:
             self.flush()
 
     def flush(self) -> None:
@@ -267,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--weights")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokens-wait-s", type=float, default=TOKENS_WAIT_S_MAX)
     parser.add_argument("--kv-memory-bytes", type=int)
     parser.add_argument("--kv-folder", type=Path)
     parser.add_argument("--kv-disk-bytes", type=int)
@@ -280,7 +288,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The terminal's interrupt goes to the whole group; the node decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Frames keep the descriptor to themselves: whatever prints must not end up among them.
-    reports = Reports(os.fdopen(os.dup(sys.stdout.fileno()), "wb"))
+    reports = Reports(
+        os.fdopen(os.dup(sys.stdout.fileno()), "wb"), tokens_wait_s=options.tokens_wait_s
+    )
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     commands: queue.Queue[_Input] = queue.Queue(COMMANDS_WAITING_MAX)

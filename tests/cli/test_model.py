@@ -30,7 +30,10 @@ def test_people_see_progress_and_programs_the_folder(
     resolving: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model.run_fetch("some/model", json=False)
-    assert capsys.readouterr() == (f"{resolving}\n", "downloading\nchecking\n")
+    assert capsys.readouterr() == (
+        f"{resolving}\n",
+        "downloading\nchecking\npreparing the native kernels\n",
+    )
 
 
 def test_json_names_both(resolving: Path, capsys: pytest.CaptureFixture[str]) -> None:
