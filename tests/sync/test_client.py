@@ -601,7 +601,7 @@ async def _turn_bytes(relay: Partner, entries: int, text: str) -> int:
 async def test_a_turn_costs_what_is_new_and_not_the_history(relay: Partner, text: str) -> None:
     short, long = await _turn_bytes(relay, 5, text), await _turn_bytes(relay, 500, text)
     assert long < 600 + 1.2 * len(text.encode())
-    assert abs(long - short) <= 8  # only the clocks are longer numbers
+    assert abs(long - short) <= 16  # clocks are longer numbers, and client ids are now and then
 
 
 async def test_traffic_tells_sync_from_turns(relay: Partner) -> None:
