@@ -28,7 +28,7 @@ from crdt_llm.sync.frames import Code
 from crdt_llm.sync.leases import LeaseWish
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Awaitable, Callable, Hashable
     from pathlib import Path
 
     from crdt_llm.cli.engine_options import EngineOptions
@@ -170,6 +170,29 @@ class RoomSeat:
         self._wish.unleased(retry_s, reason)
 
 
+def engine_starter(
+    model_dir: Path, kv_folder: Path, engine: EngineOptions
+) -> Callable[[], Awaitable[Engine]]:
+    """What starts a node's engine, and another one when it died.
+
+    Args:
+        model_dir: the model's folder.
+        kv_folder: where its KV goes that leaves memory.
+        engine: what was chosen of it.
+    """
+
+    async def start_engine() -> Engine:
+        return await EngineProcess.start(
+            model_dir,
+            weights=engine.weights,
+            device=engine.device,
+            kv_memory_bytes=engine.kv_memory_bytes,
+            kv_folder=kv_folder,
+        )
+
+    return start_engine
+
+
 def now_ms() -> int:
     """Wall time, ms since 1970."""
     return time.time_ns() // 1_000_000
@@ -200,15 +223,7 @@ def make_node(
     vocabulary = Vocabulary.load(model_dir)
     renderer = Renderer.learn(model_dir, vocabulary)
 
-    async def start_engine() -> Engine:
-        return await EngineProcess.start(
-            model_dir,
-            weights=engine.weights,
-            device=engine.device,
-            kv_memory_bytes=engine.kv_memory_bytes,
-            kv_folder=folder.kv,
-        )
-
+    start_engine = engine_starter(model_dir, folder.kv, engine)
     seats = EmbeddedSeats(hub, node_key.public, office)
     surroundings = Surroundings(seats.take, start_engine, now_ms, os.urandom)
     sealer = Sealer(master, os.urandom)

@@ -27,16 +27,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 from filelock import FileLock, Timeout
 
-from crdt_llm.cli.embedded_node import DIGESTS, now_ms
+from crdt_llm.cli.embedded_node import DIGESTS, engine_starter, now_ms
 from crdt_llm.cli.folders import default_data_folder, read_token
-from crdt_llm.document.keys import SigningKey, load_or_create_secret, read_or_make
+from crdt_llm.document.keys import (
+    SigningKey,
+    load_or_create_secret,
+    read_or_make,
+    written_key,
+)
 from crdt_llm.document.seal import Sealer
 from crdt_llm.errors import Corrupt, DataFolderBusy, Refused
 from crdt_llm.inference.digests import Digests
 from crdt_llm.inference.figures import keep_measuring
 from crdt_llm.inference.models import resolve
 from crdt_llm.inference.node import Node
-from crdt_llm.inference.process import EngineProcess
 from crdt_llm.inference.prompt import Renderer
 from crdt_llm.inference.reply import Identity
 from crdt_llm.inference.seat import Lease, Surroundings
@@ -348,15 +352,7 @@ def run_node(  # noqa: PLR0913 - the options of a command
         )
         model_dir = resolve(model, fetch=True, report=_line)
 
-        async def start_engine() -> Engine:
-            return await EngineProcess.start(
-                model_dir,
-                weights=engine.weights,
-                device=engine.device,
-                kv_memory_bytes=engine.kv_memory_bytes,
-                kv_folder=folder.kv,
-            )
-
+        start_engine = engine_starter(model_dir, folder.kv, engine)
         asyncio.run(_run(address, token_file, folder, secrets, model_dir, start_engine))
 
 
@@ -383,8 +379,7 @@ async def _run(  # noqa: PLR0913, PLR0917 - what a node is made of
     )
 
     def ready() -> None:
-        shown = urlsafe_b64encode(secrets.key.public).rstrip(b"=").decode()
-        sys.stdout.write(f"ready {shown}\n")
+        sys.stdout.write(f"ready {written_key(secrets.key.public)}\n")
         sys.stdout.flush()
 
     node = make_node(link, secrets, model_dir, start_engine)

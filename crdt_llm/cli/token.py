@@ -12,12 +12,11 @@ import json as json_format
 import re
 import sys
 import time
-from base64 import urlsafe_b64encode
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from crdt_llm.cli.printable import one_line
-from crdt_llm.document.keys import load_or_create_secret
+from crdt_llm.document.keys import load_or_create_secret, written_key
 from crdt_llm.document.schema import Grant, is_conversation_id
 from crdt_llm.errors import LocalMisuse, StoreFailed
 from crdt_llm.store.token_ledger import TokenLedger
@@ -185,14 +184,14 @@ def run_nodes(*, folder: DataFolder, json: bool) -> None:
         nodes = ledger.nodes()
     if json:
         facts = [
-            {"key": written(one.key), "principal": one.principal, "since": one.since}
+            {"key": written_key(one.key), "principal": one.principal, "since": one.since}
             for one in nodes
         ]
         print(json_format.dumps(facts))  # noqa: T201 - the terminal
         return
     for one in nodes:
         day = time.strftime("since %Y-%m-%d", time.localtime(one.since / 1000))
-        print(f"{written(one.key)}  {day}  {one_line(one.principal, 60)}")  # noqa: T201 - as above
+        print(f"{written_key(one.key)}  {day}  {one_line(one.principal, 60)}")  # noqa: T201 - as above
     if not nodes:
         print("no node has come yet", file=sys.stderr)  # noqa: T201 - as above
 
@@ -205,7 +204,7 @@ def run_unbind(beginning: str, *, folder: DataFolder) -> None:
         StoreFailed: it could not be noted.
     """
     with authority_of(folder) as (authority, ledger):
-        known = {written(one.key): one for one in ledger.nodes()}
+        known = {written_key(one.key): one for one in ledger.nodes()}
         found = [key for key in known if key.startswith(beginning)] if beginning else []
         if len(found) > 1:
             raise LocalMisuse(f"{len(found)} keys begin with {beginning!r}: give more of it")
@@ -215,11 +214,6 @@ def run_unbind(beginning: str, *, folder: DataFolder) -> None:
             )
     principal = one_line(known[found[0]].principal, 60)
     print(f"{found[0]} is no longer {principal}'s", file=sys.stderr)  # noqa: T201 - the terminal
-
-
-def written(key: bytes) -> str:
-    """A public key as `crdt-llm node` says its own, when it is ready."""
-    return urlsafe_b64encode(key).decode().rstrip("=")
 
 
 def _whom(line: Issued) -> str:

@@ -7,6 +7,7 @@ This module owns the files and the Ed25519 key; what is sealed or signed with th
 from __future__ import annotations
 
 import os
+from base64 import urlsafe_b64encode
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -107,3 +108,8 @@ def verify(public: bytes, signature: bytes, message: bytes) -> None:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
     except (InvalidSignature, ValueError) as error:
         raise BadProof("a signature does not hold") from error
+
+
+def written_key(public: bytes) -> str:
+    """A public key as people and commands name it: base64url without padding."""
+    return urlsafe_b64encode(public).decode().rstrip("=")

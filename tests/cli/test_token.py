@@ -7,7 +7,8 @@ import pytest
 
 from crdt_llm.cli.app import run
 from crdt_llm.cli.folders import DataFolder
-from crdt_llm.cli.token import authority_of, read_duration, read_scopes, written
+from crdt_llm.cli.token import authority_of, read_duration, read_scopes
+from crdt_llm.document.keys import written_key
 from crdt_llm.document.schema import Grant
 from crdt_llm.errors import Forbidden, LocalMisuse
 from crdt_llm.sync.access import Pass, load_or_create_token
@@ -96,12 +97,12 @@ async def test_a_nodes_key_is_listed_and_let_go(
 
         assert run(["token", "nodes", "--json", *data]) == 0
         lines = json.loads(capsys.readouterr().out)
-        assert {line["key"] for line in lines} == set(map(written, keys))
+        assert {line["key"] for line in lines} == set(map(written_key, keys))
         assert {line["principal"] for line in lines} == {"node-1"}
         assert run(["token", "nodes", *data]) == 0
         assert capsys.readouterr().out.count("node-1") == 3
 
-        assert run(["token", "unbind", written(keys[1]), *data]) == 0
+        assert run(["token", "unbind", written_key(keys[1]), *data]) == 0
         assert "no longer node-1's" in capsys.readouterr().err
         with pytest.raises(Forbidden):
             await relay.admit_node(new, keys[0])
@@ -109,10 +110,10 @@ async def test_a_nodes_key_is_listed_and_let_go(
         with pytest.raises(Forbidden):
             await relay.admit_node(old, keys[1])
 
-        assert run(["token", "unbind", *data, "--", written(keys[1])[:2]]) == 2
+        assert run(["token", "unbind", *data, "--", written_key(keys[1])[:2]]) == 2
         assert "2 keys begin with" in capsys.readouterr().err
-        assert run(["token", "unbind", written(keys[0])[:8], *data]) == 0
-        assert run(["token", "unbind", written(keys[0])[:8], *data]) == 2
+        assert run(["token", "unbind", written_key(keys[0])[:8], *data]) == 0
+        assert run(["token", "unbind", written_key(keys[0])[:8], *data]) == 2
 
 
 def test_a_folder_that_was_never_served_gets_no_keys(
