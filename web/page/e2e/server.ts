@@ -103,7 +103,10 @@ export class Server {
     if (this.place !== null) throw new Error('others use this server: start one of your own')
     const words = ['-m', 'crdt_llm', 'serve', '--data', this.data, '--port', String(this.#port)]
     words.push(...(this.model === null ? ['--no-node'] : ['--model', this.model]))
-    const child = spawn(PYTHON, words, { stdio: ['ignore', 'pipe', 'pipe'] })
+    // In torch's operations: natively the tiny model ends its longest reply before a page has
+    // loaded, and what happens in mid-reply could not be seen.
+    const env = { ...process.env, CXX: 'no-compiler' }
+    const child = spawn(PYTHON, words, { env, stdio: ['ignore', 'pipe', 'pipe'] })
     this.#process = child
     running.add(child)
     child.once('exit', () => running.delete(child))
