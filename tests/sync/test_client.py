@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 from contextlib import asynccontextmanager
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -579,8 +580,12 @@ async def test_a_slow_listener_gets_one_change_for_all_it_missed(relay: Partner)
 # -- the price -------------------------------------------------------------------------------------
 
 
-async def _turn_bytes(relay: Partner, entries: int, text: str) -> int:
-    async with client_of(relay) as client:
+async def _turn_bytes(entries: int, text: str) -> int:
+    """The bytes of a question after so many entries, with the same ids and time each time."""
+    async with (
+        Partner() as relay,
+        Client(relay.url, token=TOKEN, clock=lambda: 1_700_000_000_000, random=Random(1)) as client,
+    ):
         conversation = await client.create()
         conversation.pause()
         for number in range(entries):
@@ -594,14 +599,17 @@ async def _turn_bytes(relay: Partner, entries: int, text: str) -> int:
         after = conversation.traffic.live.sent_bytes + conversation.traffic.sync.sent_bytes
         arrived = relay.frames[conversation.id][frames:]
         assert after - before == sum(framed_bytes(frame, masked=True) for frame in arrived)
+        assert conversation.document.client_id >= 2**28  # 15 of 16 ids: their varint has 5 bytes
         return after - before
 
 
 @pytest.mark.parametrize("text", ["", "What goes into a lasagne? " * 40])
-async def test_a_turn_costs_what_is_new_and_not_the_history(relay: Partner, text: str) -> None:
-    short, long = await _turn_bytes(relay, 5, text), await _turn_bytes(relay, 500, text)
+async def test_a_turn_costs_what_is_new_and_not_the_history(text: str) -> None:
+    short, long = await _turn_bytes(5, text), await _turn_bytes(500, text)
     assert long < 600 + 1.2 * len(text.encode())
-    assert abs(long - short) <= 16  # clocks are longer numbers, and client ids are now and then
+    clocks_bytes = 4  # a Yjs clock from 2**7 on has one byte more: the first one's, three parents'
+    number_bytes = 2  # and so has the number of an update in msgpack, 7 or 502: 1 byte, or 3
+    assert long - short == clocks_bytes + number_bytes
 
 
 async def test_traffic_tells_sync_from_turns(relay: Partner) -> None:
