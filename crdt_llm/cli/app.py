@@ -420,6 +420,8 @@ def replay(
     ] = False,
     data: _Data = None,
     model: _Model = DEFAULT_MODEL,
+    weights: _Weights = None,
+    device: _EngineDevice = CPU,
     json: _Json = False,
     verbose: _Verbose = False,
 ) -> None:
@@ -431,11 +433,18 @@ def replay(
 
     _log(verbose=verbose)
     _exit(
-        run_replay(conversation=conversation, data=data, model=model, as_json=json, check_kv=verify)
+        run_replay(
+            conversation=conversation,
+            data=data,
+            model=model,
+            engine=EngineOptions(weights=weights, device=device),
+            as_json=json,
+            check_kv=verify,
+        )
     )
 
 
-@app.command(cls=Command, epilog="Example: crdt-llm audit --tolerance 0.1")
+@app.command(cls=Command, epilog="Example: crdt-llm audit --weights bf16 --tolerance 0.1")
 def audit(
     conversation: Annotated[
         str | None,
@@ -449,6 +458,8 @@ def audit(
     ] = DEFAULT_TOLERANCE,
     data: _Data = None,
     model: _Model = DEFAULT_MODEL,
+    weights: _Weights = None,
+    device: _EngineDevice = CPU,
     json: _Json = False,
     verbose: _Verbose = False,
 ) -> None:
@@ -464,6 +475,7 @@ def audit(
             conversation=conversation,
             data=data,
             model=model,
+            engine=EngineOptions(weights=weights, device=device),
             tolerance=tolerance,
             as_json=json,
         )

@@ -11,30 +11,34 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from crdt_llm.cli.embedded_node import engine_starter
+from crdt_llm.cli.engine_options import DEFAULTS
 from crdt_llm.cli.folders import DataFolder
 from crdt_llm.cli.replay import find_stored, open_transcript, report
 from crdt_llm.inference.audit import audit
 from crdt_llm.inference.models import resolve
-from crdt_llm.inference.process import EngineProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from crdt_llm.cli.engine_options import EngineOptions
     from crdt_llm.document.conversation import Conversation
     from crdt_llm.inference.audit import Audited
+    from crdt_llm.inference.process import EngineProcess
 
 
 async def _audit(
     conversation: Conversation,
     folder: DataFolder,
     model_dir: Path,
+    start_engine: Callable[[], Awaitable[EngineProcess]],
     show: Callable[[Audited], None],
 ) -> list[Audited]:
     """Audit the view's path; each reply is shown as soon as it is done."""
     transcript, _ = open_transcript(conversation, folder, model_dir)
     rows: list[Audited] = []
-    async with await EngineProcess.start(model_dir) as engine:
+    async with await start_engine() as engine:
         async for one in audit(conversation, conversation.view(), transcript, engine):
             show(one)
             rows.append(one)
@@ -64,14 +68,21 @@ def _row(one: Audited) -> str:
     return "\n".join((f"{one.entry}  {figures}  choices changed {len(changed)}{model}", *changed))
 
 
-def run_audit(
-    *, conversation: str | None, data: Path | None, model: str, tolerance: float, as_json: bool
+def run_audit(  # noqa: PLR0913 - the options of a command
+    *,
+    conversation: str | None,
+    data: Path | None,
+    model: str,
+    engine: EngineOptions = DEFAULTS,
+    tolerance: float,
+    as_json: bool,
 ) -> int:
     """The command. Returns the exit code: 0 if every reply agrees within the tolerance."""
     folder = DataFolder.named(data)
     name, replica = find_stored(folder, conversation)
     model_dir = resolve(model, fetch=True, report=report)
-    rows = asyncio.run(_audit(replica, folder, model_dir, _silent if as_json else _show))
+    start_engine, show = engine_starter(model_dir, None, engine), _silent if as_json else _show
+    rows = asyncio.run(_audit(replica, folder, model_dir, start_engine, show))
     agree = all(one.agrees(tolerance) for one in rows)
     largest = max((one.difference for one in rows), default=0.0)
     changes = sum(len(one.changes) for one in rows)

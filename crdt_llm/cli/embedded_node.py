@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from crdt_llm.cli.engine_options import EngineOptions
     from crdt_llm.cli.folders import DataFolder
     from crdt_llm.errors import CrdtLlmError
-    from crdt_llm.inference.engine import Engine
     from crdt_llm.inference.seat import TakeHint
     from crdt_llm.sync.hub import Hub, Membership
     from crdt_llm.sync.leases import Granted, LeaseOffice
@@ -171,17 +170,17 @@ class RoomSeat:
 
 
 def engine_starter(
-    model_dir: Path, kv_folder: Path, engine: EngineOptions
-) -> Callable[[], Awaitable[Engine]]:
-    """What starts a node's engine, and another one when it died.
+    model_dir: Path, kv_folder: Path | None, engine: EngineOptions
+) -> Callable[[], Awaitable[EngineProcess]]:
+    """What starts the engine of a command, and another one when it died.
 
     Args:
         model_dir: the model's folder.
-        kv_folder: where its KV goes that leaves memory.
+        kv_folder: where its KV goes that leaves memory; None keeps none.
         engine: what was chosen of it.
     """
 
-    async def start_engine() -> Engine:
+    async def start_engine() -> EngineProcess:
         return await EngineProcess.start(
             model_dir,
             weights=engine.weights,

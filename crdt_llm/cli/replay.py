@@ -13,7 +13,8 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
-from crdt_llm.cli.embedded_node import DIGESTS
+from crdt_llm.cli.embedded_node import DIGESTS, engine_starter
+from crdt_llm.cli.engine_options import DEFAULTS
 from crdt_llm.cli.folders import DataFolder
 from crdt_llm.cli.stored import complete_id, list_stored, load_stored
 from crdt_llm.document.keys import load_or_create_secret
@@ -23,18 +24,19 @@ from crdt_llm.errors import Corrupt, LocalMisuse
 from crdt_llm.inference.digests import Digests, verify
 from crdt_llm.inference.engine import BIT_EXACT
 from crdt_llm.inference.models import resolve
-from crdt_llm.inference.process import EngineProcess
 from crdt_llm.inference.prompt import Renderer
 from crdt_llm.inference.replay import replay
 from crdt_llm.inference.tokens import Vocabulary
 from crdt_llm.inference.transcript import Transcript
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
     from pathlib import Path
 
+    from crdt_llm.cli.engine_options import EngineOptions
     from crdt_llm.document.conversation import Conversation
     from crdt_llm.inference.digests import Verified
+    from crdt_llm.inference.process import EngineProcess
     from crdt_llm.inference.replay import Replayed
 
 NOT_BIT_EXACT: Final = (
@@ -73,10 +75,11 @@ def find_stored(folder: DataFolder, beginning: str | None) -> tuple[str, Convers
     return name, load_stored(folder.log, name)
 
 
-async def _replay(
+async def _replay(  # noqa: PLR0913 - what a replay reads, and where it goes
     conversation: Conversation,
     folder: DataFolder,
     model_dir: Path,
+    start_engine: Callable[[], Awaitable[EngineProcess]],
     show: Callable[[Replayed], None],
     *,
     check_kv: bool,
@@ -85,7 +88,7 @@ async def _replay(
     transcript, renderer = open_transcript(conversation, folder, model_dir)
     rows: list[Replayed] = []
     borders: list[Verified] = []
-    async with await EngineProcess.start(model_dir) as engine:
+    async with await start_engine() as engine:
         if engine.capabilities.exactness < BIT_EXACT:
             report(NOT_BIT_EXACT)
         path = conversation.view()
@@ -138,11 +141,12 @@ def _border(one: Verified) -> str:
     return f"{one.entry}  KV of {one.tokens:>6} tokens  {verdict}"
 
 
-def run_replay(
+def run_replay(  # noqa: PLR0913 - the options of a command
     *,
     conversation: str | None,
     data: Path | None,
     model: str,
+    engine: EngineOptions = DEFAULTS,
     as_json: bool,
     check_kv: bool = False,
 ) -> int:
@@ -154,8 +158,11 @@ def run_replay(
     folder = DataFolder.named(data)
     name, replica = find_stored(folder, conversation)
     model_dir = resolve(model, fetch=True, report=report)
+    start_engine = engine_starter(model_dir, None, engine)
     show = _silent if as_json else _show
-    rows, borders = asyncio.run(_replay(replica, folder, model_dir, show, check_kv=check_kv))
+    rows, borders = asyncio.run(
+        _replay(replica, folder, model_dir, start_engine, show, check_kv=check_kv)
+    )
     exact = all(one.exact for one in rows)
     compared = [one.same for one in borders if one.same is not None]
     same_kv = all(compared) and bool(compared)

@@ -60,7 +60,7 @@ def test_the_memory_of_the_kv_cache_is_a_number_that_can_be_meant(
         assert "--kv-memory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["serve", "node"])
+@pytest.mark.parametrize("command", ["serve", "node", "replay", "audit"])
 def test_where_and_how_the_model_computes_can_be_chosen(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

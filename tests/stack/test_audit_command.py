@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from stack.test_turn_costs import Stack, done, two_devices
 
+from crdt_llm.cli.app import FAILED, run
 from crdt_llm.cli.audit import run_audit
 from crdt_llm.cli.replay import run_replay
 from crdt_llm.inference.process import EngineProcess
@@ -79,6 +80,32 @@ async def test_replies_of_a_served_conversation_agree_with_themselves(
         assert facts["same_kv"] is (expected == 0)
         assert len(facts["borders"]) == 4
     assert [border["same"] for border in facts["borders"]] == [None] * 4
+
+
+async def test_other_weights_and_another_device_are_what_computes(
+    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with (
+        await EngineProcess.start(tiny_model_dir, threads=1) as process,
+        Stack(tmp_path, tiny_model_dir, process) as stack,
+        two_devices(stack) as (phone, _),
+    ):
+        await done(await phone.ask("hello", max_tokens=20, temperature=0.0))
+    words = ["--data", str(stack.folder.path), "--model", str(tiny_model_dir), "--json"]
+    differences = {}
+    for weights in ("int8", "float32"):  # it was int8
+        same = weights == "int8"
+        await asyncio.to_thread(run, ["audit", *words, "--weights", weights])
+        audited = json.loads(capsys.readouterr().out)
+        differences[weights] = audited["difference"]
+        assert [reply["same_model"] for reply in audited["replies"]] == [same]
+        await asyncio.to_thread(run, ["replay", *words, "--weights", weights])
+        replayed = json.loads(capsys.readouterr().out)
+        assert [reply["same_model"] for reply in replayed["replies"]] == [same]
+    assert differences["int8"] == 0 < differences["float32"]
+    for command in ("audit", "replay"):
+        assert await asyncio.to_thread(run, [command, *words, "--device", "abacus"]) == FAILED
+        assert "abacus" in capsys.readouterr().err
 
 
 def turn_a_digit(text: str) -> str:
