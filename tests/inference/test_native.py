@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import logging
 import os
@@ -282,6 +283,92 @@ def test_code_that_is_damaged(sources: Path, kept: Path) -> None:
     file.write_bytes(b"\x7fELF")
     file.chmod(0o700)
     assert "cannot be kept or loaded" in refusal(kept)
+
+
+# -- what was built before -------------------------------------------------------------------------
+
+
+def used_before(file: Path, other: Path, seconds: float) -> None:
+    """Make the last use of a file so much earlier than another's."""
+    at = other.stat().st_mtime - seconds
+    os.utime(file, (at, at))
+
+
+def rebuilt(sources: Path, kept: Path, number: int) -> tuple[native.Library, Path]:
+    """Another version of the sources, built."""
+    (sources / "seven.hpp").write_bytes(b"#define SEVEN %d\n" % number)
+    library = build(kept)
+    return library, kept / f"{library.build}.so"
+
+
+def test_a_build_that_nobody_used_for_long_goes_when_another_one_is_made(
+    sources: Path, kept: Path
+) -> None:
+    old, unused = rebuilt(sources, kept, 1)
+    _, used = rebuilt(sources, kept, 2)
+    (kept / "notes").touch()
+    used_before(unused, used, native._UNUSED_S_MAX + 60)
+    used_before(kept / "notes", used, native._UNUSED_S_MAX + 60)  # not ours
+    assert rebuilt(sources, kept, 2)[1].exists()
+    assert unused.exists()  # nothing was made
+    used_before(used, used, native._UNUSED_S_MAX - 60)
+    _, made = rebuilt(sources, kept, 3)
+    assert set(kept.iterdir()) == {used, made, kept / "notes"}
+    assert old.code.answer() == 1  # whoever has it keeps it
+    assert rebuilt(sources, kept, 1)[0].code.answer() == 1  # and whoever wants it has it again
+    assert unused.exists()
+
+
+def test_to_load_a_build_is_to_use_it(sources: Path, kept: Path) -> None:
+    _, first = rebuilt(sources, kept, 1)
+    used_before(first, first, 2 * native._UNUSED_S_MAX)
+    rebuilt(sources, kept, 1)
+    rebuilt(sources, kept, 2)
+    assert first.exists()
+
+
+def test_a_build_that_goes_while_it_is_loaded_is_made_again(
+    sources: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as other:  # another process, for what is loaded stays here
+        other.setattr(ctypes, "CDLL", lambda _: None)
+        _, file = rebuilt(sources, kept, 1)
+    gone: list[Path] = []
+
+    def too_late(path: Path) -> None:
+        path.unlink()
+        gone.append(path)
+
+    monkeypatch.setattr(os, "utime", too_late)
+    assert rebuilt(sources, kept, 1)[0].code.answer() == 1
+    assert gone == [file]
+    assert file.exists()
+
+
+def test_a_build_is_loaded_from_a_disk_that_is_only_read(
+    sources: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rebuilt(sources, kept, 1)
+
+    def refused(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(os, "utime", refused)
+    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("built again"))
+    assert rebuilt(sources, kept, 1)[0].code.answer() == 1
+
+
+def test_an_old_build_that_cannot_be_removed_stays(
+    sources: Path, kept: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, first = rebuilt(sources, kept, 1)
+    first.unlink()
+    first.mkdir()  # `unlink` fails, whoever asks
+    used_before(first, kept, 2 * native._UNUSED_S_MAX)
+    with caplog.at_level(logging.INFO):
+        assert rebuilt(sources, kept, 2)[0].code.answer() == 2
+    assert first.exists()
+    assert "old native kernels stay" in caplog.text
 
 
 @pytest.mark.usefixtures("sources")

@@ -4,12 +4,14 @@ Owns finding a compiler, building, and the folder of what was built. What the ke
 in ``step.cpp`` and the headers that it names; how they are called in
 :mod:`~crdt_llm.inference.native_step`.
 
-A build takes some seconds, once for each version of the sources, compiler and CPU. Code is loaded
-only from a folder that nobody else can write to.
+A build takes some seconds, once for each version of the sources, compiler and CPU. Those of other
+versions stay while they are in use: several may run at once. Code is loaded only from a folder that
+nobody else can write to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -43,6 +45,10 @@ _FLAGS: Final = (
 )
 _BUILD_S_MAX: Final = 300.0
 """A build takes 3 to 30 s of one core; after so long the compiler hangs."""
+
+_UNUSED_S_MAX: Final = 30 * 24 * 3600.0
+"""A build that was not loaded for so long before another one was made is removed. Each has some
+hundred KB; whoever comes back to it waits some seconds for it to be built again."""
 
 _MESSAGE_CHARACTERS_MAX: Final = 300
 """Of what a compiler said: its first error."""
@@ -84,11 +90,12 @@ def library(folder: Path | None = None) -> Library:
     try:
         kept = _own_folder(folder or platformdirs.user_cache_path("crdt-llm") / "kernels")
         file = kept / f"{build}.so"
-        if not file.exists():
+        code = _load(file)
+        if code is None:
             _compile(compiler, sources, file)
-        if not _only_mine(file):
-            raise KernelsUnavailable(f"others can write to {file}: remove it")
-        return Library(ctypes.CDLL(str(file)), build)
+            _remove_unused(file)
+            code = ctypes.CDLL(str(file))
+        return Library(code, build)
     except OSError as error:
         raise KernelsUnavailable(f"the built kernels cannot be kept or loaded: {error}") from error
 
@@ -140,6 +147,35 @@ def _own_folder(folder: Path) -> Path:
 def _only_mine(path: Path) -> bool:
     state = path.stat()
     return state.st_uid == os.getuid() and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _load(file: Path) -> ctypes.CDLL | None:
+    """Load a build and note that it was used; None if there is none, or no longer."""
+    try:
+        if not _only_mine(file):
+            raise KernelsUnavailable(f"others can write to {file}: remove it")
+        with contextlib.suppress(OSError):  # a folder that is only read loses nothing either
+            os.utime(file)
+        return ctypes.CDLL(str(file))
+    except OSError:
+        if file.exists():
+            raise
+        return None  # somebody else may have removed it just now
+
+
+def _remove_unused(made: Path) -> None:
+    """Remove the builds that nobody loaded for long before this one was made.
+
+    A process that has loaded one keeps it: what is mapped outlives its name.
+    """
+    try:
+        oldest = made.stat().st_mtime - _UNUSED_S_MAX
+        for file in made.parent.glob("*.so"):
+            if file.stat().st_mtime < oldest:
+                file.unlink()
+                logger.info("removed old native kernels: %s", file.name)
+    except OSError as error:  # another process may be at it too; the next build tries again
+        logger.info("old native kernels stay where they are: %s", error)
 
 
 def _compile(compiler: str, sources: Mapping[str, bytes], file: Path) -> None:
