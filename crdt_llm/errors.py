@@ -1,7 +1,8 @@
 """Every exception this package raises on purpose, as one tree.
 
 The docstring of each class says where blame lies. ``str(error)`` is always one line, for people:
-what happened and what to do. Details belong in ``__cause__`` and in the log.
+what happened and what to do. Details belong in ``__cause__`` and in the log. An exception by which
+one module answers another, and which the other always catches, is none of these and stands there.
 
 * :exc:`CrdtLlmError`
 

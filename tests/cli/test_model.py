@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from crdt_llm.cli import model
+from crdt_llm.inference.native import library
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,3 +41,16 @@ def test_json_names_both(resolving: Path, capsys: pytest.CaptureFixture[str]) ->
     model.run_fetch("some/model", json=True)
     facts = json.loads(capsys.readouterr().out)
     assert facts == {"model": "some/model", "folder": str(resolving)}
+
+
+def test_a_model_is_fetched_where_kernels_cannot_be_built(
+    resolving: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(model, "library", lambda: library.__wrapped__(resolving / "kernels"))
+    model.run_fetch("some/model", json=False)
+    shown = capsys.readouterr()
+    assert shown.out == f"{resolving}\n"
+    *_, last = shown.err.splitlines()
+    assert last.startswith("the native kernels cannot be used (")
+    assert last.endswith("): replies will be slower")

@@ -285,6 +285,14 @@ def test_code_that_is_damaged(sources: Path, kept: Path) -> None:
     assert "cannot be kept or loaded" in refusal(kept)
 
 
+@pytest.mark.usefixtures("sources")
+def test_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: Path("~/.cache") / name)
+    assert "there is no home" in refusal(None)
+    assert not (tmp_path / "~").exists()
+
+
 # -- what was built before -------------------------------------------------------------------------
 
 
@@ -369,14 +377,6 @@ def test_an_old_build_that_cannot_be_removed_stays(
         assert rebuilt(sources, kept, 2)[0].code.answer() == 2
     assert first.exists()
     assert "old native kernels stay" in caplog.text
-
-
-@pytest.mark.usefixtures("sources")
-def test_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: Path("~/.cache") / name)
-    assert "there is no home" in refusal(None)
-    assert not (tmp_path / "~").exists()
 
 
 # -- the choice ------------------------------------------------------------------------------------

@@ -54,8 +54,12 @@ _MESSAGE_CHARACTERS_MAX: Final = 300
 """Of what a compiler said: its first error."""
 
 
-class KernelsUnavailable(Exception):  # noqa: N818 - it says what the kernels are
-    """The kernels cannot be used here; the message says why. The torch step serves instead."""
+class KernelsUnavailable(Exception):  # noqa: N818 - an answer between modules, no error of ours
+    """The kernels cannot be used here; the message says why.
+
+    No :exc:`~crdt_llm.errors.CrdtLlmError`, for no program sees it: whoever asked for the kernels
+    goes on in torch, or raises :exc:`~crdt_llm.errors.ModelUnusable` with this reason.
+    """
 
 
 class Library:
