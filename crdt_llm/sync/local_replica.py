@@ -1,8 +1,9 @@
 """One conversation as this device has it: the replica in memory and its log on disk, kept as one.
 
-This module owns the promise that a local write is on disk before anyone hears of it, the line
-between what the relay has acknowledged and what it has not, what becomes of a refused write, what
-happens when the disk says no, and when the log is compacted. It must not know sockets or frames.
+This module owns the promise that a local write is on disk when its call returns, when a write may
+go out, the line between what the relay has acknowledged and what it has not, what becomes of a
+refused write, what happens when the disk says no, and when the log is compacted. It must not know
+sockets or frames.
 
 The document that is shown is the acknowledged part with the outbox on top: the writes of this
 device that the relay has not acknowledged yet, each with what it *meant*. A refused write leaves
@@ -15,8 +16,20 @@ update in the log ever builds on one that is missing there. A local write is urg
 whatever waits before it along. Merged updates wait a moment for company: a crash loses at most the
 last of them, and the relay has those.
 
-A local write that could not be made durable never happened: the replica is thrown away and built
-anew, under a fresh client id, from the log and from what was merged since. Nobody else had seen it.
+A new write goes to the disk and to the relay at the same time: the relay's own disk takes as long
+as ours, and neither need wait for the other. A crash in between loses nothing and doubles nothing:
+if the relay took the write, it comes back from there like anybody's, since nothing of it is here;
+if not, it never happened, and nobody was told otherwise. No clock gets a second value, since no
+process writes under a client id of one before it. And the log is in order: what it says of the
+relay stands behind the writes that the relay had to have for it. What is written *again* after a
+refusal waits for the disk: with the old form still in the log it would be written once more.
+
+A local write that could not be made durable, and was not sent, never happened: the replica is
+thrown away and built anew, under a fresh client id, from the log and from what was merged since.
+One that was sent is the relay's to decide about: acknowledged it has happened, and waits for the
+disk with what was merged. Where no answer comes any more it goes as if it had not been sent, and
+the relay's places are forgotten: the next connection brings all that is not here, and so the write
+too if it got there.
 
 An update is at any moment in the log, in the queue, or under way from the one to the other. Whoever
 reads both holds the lock under which updates change places: else one that is under way is in
@@ -51,7 +64,7 @@ from crdt_llm.sync.structure import brings, find_gap, read_update
 from crdt_llm.sync.wire import CLIENT_ID_MAX, decode_state_vector, encode_state_vector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from random import Random
 
     from crdt_llm.document.conversation import Change, Writer
@@ -97,7 +110,9 @@ class Written:
         intent: what it meant.
         ends: client -> the first clock after it.
         deletes: it deletes something, which clocks do not tell.
-        durable: it is on disk, so that others may hear of it.
+        is_new: it says what was never written before in another form.
+        durable: it is on disk.
+        is_out: the relay may have it.
     """
 
     number: int
@@ -105,7 +120,14 @@ class Written:
     intent: Intent
     ends: Mapping[int, int]
     deletes: bool
+    is_new: bool = False
     durable: bool = False
+    is_out: bool = False
+
+    @property
+    def may_go(self) -> bool:
+        """Whether others may hear of it."""
+        return self.is_new or self.durable
 
     def is_in(self, clocks: Mapping[int, int]) -> bool:
         """Whether clocks say that whoever has them has this write; if unsure, not."""
@@ -118,15 +140,22 @@ class _Waiting:
     """A record on its way to the disk."""
 
     record: bytes
-    local: bool  # it never happened if the disk does not take it
-    numbers: tuple[int, ...] = ()  # writes that others may hear of once it is durable
+    local: bool  # it never happened if the disk does not take it, unless the relay did
+    numbers: tuple[int, ...] = ()  # writes that are durable with it
+    is_relayed: bool = False  # a local write that the relay has: it did happen
+    is_refused: bool = False  # by the disk: a local write that waits for the relay's answer
     done: asyncio.Future[None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
     def fail(self, error: Exception) -> None:
-        self.done.set_exception(error)
-        self.done.exception()  # whoever waited may have been cancelled: no complaint about that
+        if not self.done.done():
+            self.done.set_exception(error)
+            self.done.exception()  # whoever waited may have been cancelled: no complaint about that
+
+    def succeed(self) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
 
 
 class LocalReplica:
@@ -147,6 +176,7 @@ class LocalReplica:
         self._stale = True  # the document is not what the log and the queue say: build it anew
         self._acknowledged: dict[int, int] = {}  # client -> first clock that the relay may lack
         self._outbox: dict[int, Written] = {}  # by number, in order
+        self._in_flight: set[int] = set()  # what was sent, and an answer may still come
         self._refused: dict[int, RefusedWrite] = {}
         self._last_number = 0
         self._relay_log: str | None = None
@@ -154,6 +184,7 @@ class LocalReplica:
         self._moving = asyncio.Lock()  # held while updates go to the log, or log and queue are read
         self._change_listeners: list[Callable[[Change | None], None]] = []
         self._outbox_listeners: list[Callable[[frozenset[str] | None], None]] = []
+        self._write_listeners: list[Callable[[], None]] = []
         self._queue: list[_Waiting] = []
         self._queued_bytes = 0
         self._work = asyncio.Event()  # something waits for the disk
@@ -183,6 +214,7 @@ class LocalReplica:
     async def close(self) -> None:
         """Bring everything that waits to disk, and stop."""
         self._closing = True
+        self._in_flight.clear()  # nobody will say what became of it
         self._work.set()
         self._urgent.set()
         if self._keeper is not None:
@@ -222,13 +254,29 @@ class LocalReplica:
         return self._acknowledged
 
     def next_to_send(self, after: int) -> Written | None:
-        """The first write with a greater number that is on disk."""
+        """The first write with a greater number, if it may go; whoever asks sends it."""
         first = next(iter(self._outbox), 0)
         for number in range(max(after + 1, first), self._last_number + 1):
             written = self._outbox.get(number)
             if written is not None:
-                return written if written.durable else None
+                if not written.may_go:
+                    return None
+                self._send_off((written,))
+                return written
         return None
+
+    def _send_off(self, writes: Iterable[Written]) -> None:
+        for written in writes:
+            written.is_out = True
+            self._in_flight.add(written.number)
+
+    def part(self) -> None:
+        """No answer comes any more to what was sent until now."""
+        self._in_flight.clear()
+        if any(item.local for item in self._queue):
+            # What only waits for an answer is the disk's to decide now.
+            self._work.set()
+            self._urgent.set()
 
     def on_change(self, listener: Callable[[Change | None], None]) -> None:
         """Call ``listener`` after every change; with ``None`` when the replica was built anew."""
@@ -241,10 +289,14 @@ class LocalReplica:
         """
         self._outbox_listeners.append(listener)
 
+    def on_write(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` when something was written that may go out."""
+        self._write_listeners.append(listener)
+
     async def diff(self, state_vector: bytes = EMPTY_STATE_VECTOR) -> tuple[bytes, tuple[int, ...]]:
         """All that a replica with ``state_vector`` lacks, and the numbers of the writes in it.
 
-        Of our own it holds only what is on disk.
+        Of our own it holds only what may go out; whoever asks sends it.
 
         Raises:
             MalformedMessage: the bytes are no state vector.
@@ -252,10 +304,12 @@ class LocalReplica:
         """
         while True:
             await self._ready()
-            writes = [item.done for item in self._queue if item.local]
-            if not writes:
+            held = {number for number, one in self._outbox.items() if not one.may_go}
+            waits = [item.done for item in self._queue if not held.isdisjoint(item.numbers)]
+            if not waits:
+                self._send_off(self._outbox.values())
                 return self._document.diff(state_vector), tuple(self._outbox)
-            await asyncio.wait(writes)
+            await asyncio.wait(waits)
 
     async def acknowledged_diff(self, state_vector: bytes) -> bytes:
         """What a replica with ``state_vector`` lacks of the acknowledged part.
@@ -280,7 +334,7 @@ class LocalReplica:
         compose: Callable[[Conversation, Writer], None],
         check: Callable[[Change, Conversation], None] | None = None,
     ) -> None:
-        """Write in one transaction; returns when it is on disk.
+        """Write in one transaction; returns when it is on disk, or if that fails, at the relay.
 
         Args:
             compose: writes; it is given the document as it is at that moment, and may not wait.
@@ -288,7 +342,8 @@ class LocalReplica:
                 was written.
 
         Raises:
-            StoreFailed: it is not on disk, and is not in the replica any more.
+            StoreFailed: it is not on disk, and is not in the replica any more. If it was sent and
+                the connection ended before the answer, the relay may have it.
         """
         await self._ready()
         try:
@@ -302,10 +357,12 @@ class LocalReplica:
             raise
         if change is None or change.is_empty:
             return
-        written = self._add(change)
+        written = self._add(change, is_new=True)
         item = self._put(
             Wrote(written.number, written.update), local=True, numbers=(written.number,)
         )
+        for listener in self._write_listeners:
+            listener()
         self._urgent.set()
         # Cancelled, the caller does not hear the end of it; what was written stays written.
         await asyncio.shield(item.done)
@@ -315,9 +372,10 @@ class LocalReplica:
             compose(self._document, writer)
         return writer.change
 
-    def _add(self, change: Change) -> Written:
+    def _add(self, change: Change, *, is_new: bool = False) -> Written:
         self._last_number += 1
         written = _of(self._last_number, change.update, intents.intent_of(change))
+        written.is_new = is_new
         self._outbox[written.number] = written
         return written
 
@@ -364,7 +422,7 @@ class LocalReplica:
         """Find the writes of ours that an update from the relay builds on: it must have them."""
         clocks = dict(self._acknowledged)
         for written in self._outbox.values():
-            if written.durable:
+            if written.durable or written.is_out:
                 _raise_to(clocks, written.ends)
         missing = find_gap(structure, clocks)
         if missing is not None:
@@ -391,8 +449,18 @@ class LocalReplica:
             return
         for written in taken:
             _raise_to(self._acknowledged, written.ends)
+            self._in_flight.discard(written.number)
+        self._keep_relayed({written.number for written in taken})
         self._put(Acknowledged(tuple(written.number for written in taken)), local=False)
         self._tell_outbox(taken)
+
+    def _keep_relayed(self, numbers: set[int]) -> None:
+        """What the relay has did happen, whatever our disk says."""
+        for item in self._queue:
+            if item.local and not numbers.isdisjoint(item.numbers):
+                item.local, item.is_relayed = False, True
+                if item.is_refused:
+                    item.succeed()
 
     def settle(self, log: str | None, lsn: int) -> None:
         """From here on the relay's LSNs are of this log, and everything up to ``lsn`` is here.
@@ -663,7 +731,7 @@ class LocalReplica:
                 self._queued_bytes -= len(item.record)
                 self._log_bytes += len(item.record)
                 durable += [self._outbox[n] for n in item.numbers if n in self._outbox]
-                item.done.set_result(None)
+                item.succeed()
             for written in durable:
                 written.durable = True
             if durable:
@@ -686,18 +754,20 @@ class LocalReplica:
 
         The caller holds the lock.
         """
-        lost = [item for item in self._queue if item.local]
-        kept = [item for item in self._queue if not item.local]
+        lost = [item for item in self._queue if item.local and not self._is_in_flight(item)]
+        gone = frozenset(map(id, lost))
+        kept = [item for item in self._queue if id(item) not in gone]
         logger.warning(
-            "conversation %s: %d local writes lost, %d merged updates wait: %s",
+            "conversation %s: %d local writes lost, %d updates wait: %s",
             self.conversation_id,
             len(lost),
             len(kept),
             error,
         )
-        # Those who wait for room hear of it; the updates themselves stay, with nobody waiting.
-        self._queue = [_Waiting(item.record, local=False, numbers=item.numbers) for item in kept]
-        self._queued_bytes = sum(len(item.record) for item in kept)
+        self._queue = self._left(gone)
+        for number in (number for item in lost for number in item.numbers):
+            self._outbox.pop(number, None)  # at once: from here on nobody may send it any more
+        self._queued_bytes = sum(len(item.record) for item in self._queue)
         if lost:
             self._stale = True
             try:
@@ -705,8 +775,34 @@ class LocalReplica:
             except (StoreFailed, Corrupt) as again:
                 # Whoever uses the replica next tries again, and hears of it if that fails too.
                 logger.warning("conversation %s: %s", self.conversation_id, again)
-        for item in (*lost, *kept):
+        for item in lost:
             item.fail(error)
+        for item in kept:
+            if item.is_relayed:
+                item.succeed()
+            elif not item.local:  # who waits for room hears of it
+                item.fail(error)
+
+    def _left(self, gone: frozenset[int]) -> list[_Waiting]:
+        """The queue without some of it."""
+        left: list[_Waiting] = []
+        is_unsure = False
+        for item in self._queue:
+            if id(item) not in gone:
+                if not (is_unsure and isinstance(decode(item.record), Position)):
+                    left.append(_waiting_on(item))
+            elif not is_unsure and any(one.is_out for one in self._writes_of((item,))):
+                # The relay may have it, and may say behind it that all up to a place is here.
+                left.append(_Waiting(encode(Position(None, 0)), local=False))
+                is_unsure = True
+        return left
+
+    def _is_in_flight(self, item: _Waiting) -> bool:
+        return not self._in_flight.isdisjoint(item.numbers)
+
+    def _writes_of(self, items: Iterable[_Waiting]) -> Iterator[Written]:
+        numbers = (number for item in items for number in item.numbers)
+        return (self._outbox[number] for number in numbers if number in self._outbox)
 
     # -- compaction ----------------------------------------------------------------------------
 
@@ -777,6 +873,15 @@ class LocalReplica:
         joined.durable = True
         self._outbox = {joined.number: joined}
         self._tell_outbox(None)
+
+
+def _waiting_on(item: _Waiting) -> _Waiting:
+    """What goes on waiting for a disk that did not take it: an update, with nobody waiting for it.
+
+    Only who waits for a write that is on its way to the relay goes on waiting too, for the answer.
+    """
+    item.is_refused = item.local
+    return item if item.local else _Waiting(item.record, local=False, numbers=item.numbers)
 
 
 def _of(number: int, update: bytes, intent: Intent) -> Written:

@@ -210,11 +210,12 @@ class OpenConversation:
             call: the id of the tool call that a ``tool`` entry answers.
 
         Returns:
-            The entry's id, once it is on this device's disk.
+            The entry's id, once it is on this device's disk, or if that fails, at the relay.
 
         Raises:
             LocalMisuse: the model's words are not ours to write; the text is too long or no text.
-            StoreFailed: the disk did not take it; it was not written.
+            StoreFailed: the disk did not take it; it was not written, unless the relay got it just
+                as the connection ended.
         """
         entry, compose = self._client.pen.message(self._head, author_role(role), text, call)
         await self._write(compose)
@@ -224,11 +225,12 @@ class OpenConversation:
         """Add an entry and ask for a reply to it, in one transaction.
 
         Returns:
-            The reply, once the request is on this device's disk.
+            The reply, once the request is on this device's disk, or if that fails, at the relay.
 
         Raises:
             LocalMisuse: the text or a parameter is out of bounds.
-            StoreFailed: the disk did not take it; it was not written.
+            StoreFailed: the disk did not take it; it was not written, unless the relay got it just
+                as the connection ended.
         """
         pen = self._client.pen
         asked = pen.question(self._head, author_role(role), text, params_of(sampling))

@@ -91,6 +91,7 @@ class Uplink:
         self._draft: tuple[str, str] | None = None
         self._empty = asyncio.Event()  # nothing waits for the relay
         replica.on_outbox(self._outbox_changed)
+        replica.on_write(self._written)
 
     @property
     def conversation_id(self) -> str:
@@ -143,6 +144,7 @@ class Uplink:
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.leave()
+            self._replica.part()
             self._line.kick()
             self._announce()
         self._line.leave(self)
@@ -200,6 +202,7 @@ class Uplink:
         self._empty.set()
         if self._channel is not None:
             self._channel = None
+            self._replica.part()
             self.stalled = None
             self._announce()
 
@@ -302,6 +305,10 @@ class Uplink:
             self._again = None
 
     # -- for the replica -----------------------------------------------------------------------
+
+    def _written(self) -> None:
+        if self._channel is not None:
+            self._line.kick()
 
     def _outbox_changed(self, entries: frozenset[str] | None) -> None:
         if not self._replica.outbox:

@@ -63,6 +63,7 @@ class Device:
         self.disk = MemoryDisk(name)
         self.disk_fails = False
         self.acknowledged: set[str] = set()
+        self.relayed: set[str] = set()  # of these, what a disk that fails may not have
         self.offences: Counter[str] = Counter()  # texts that the relay will not take
         self.said = 0
         self._network = network
@@ -102,6 +103,8 @@ class Device:
     async def crash(self) -> None:
         """End without a word: memory is gone, the disk stays as it is."""
         self.log.crash()
+        # The relay has them, and may lose its log before it is asked.
+        self.acknowledged -= self.relayed
         await self._network.cut(self.name)
         self.conversation.pause()
         for task in self._tasks:
@@ -133,6 +136,8 @@ class Device:
             entry = done if isinstance(done, str) else done.id
             if self.conversation.refusal_of(entry) is None:
                 self.acknowledged.add(entry)
+                if self.disk_fails:
+                    self.relayed.add(entry)
 
     def orphans(self) -> set[str]:
         """Requests for a reply to what was refused; they say nothing themselves."""

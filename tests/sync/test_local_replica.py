@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from copy import deepcopy
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from crdt_llm.document.conversation import Change, Writer
     from crdt_llm.store.log import Loaded
     from crdt_llm.store.memory import MemorySeam
+    from crdt_llm.sync.local_replica import Written
+
+    Task = asyncio.Task[None]
 
 NAME = "conversation"
 
@@ -122,24 +126,168 @@ class Elsewhere:
         return writer.change.update
 
 
-async def test_a_write_is_on_disk_before_anybody_hears_of_it() -> None:
+async def test_a_write_returns_when_it_is_on_disk_and_goes_out_meanwhile() -> None:
     disk = Disk()
     async with replica_on(disk) as replica:
         heard: list[tuple[frozenset[str] | None, int]] = []
         replica.on_outbox(lambda entries: heard.append((entries, len(disk.updates))))
+        sendable: list[Written | None] = []
+        replica.on_write(lambda: sendable.append(replica.next_to_send(0)))
         disk.hold()
         writing = asyncio.create_task(replica.write(adds(1)))
         await disk.reached.wait()
         assert entry(1) in replica.document.tree  # shown at once
         assert (writing.done(), heard, disk.updates) == (False, [], ())
-        assert replica.next_to_send(0) is None
+        (written,) = sendable
+        assert written is not None
+        assert (written.number, written.durable) == (1, False)
         disk.released.set()
         await writing
         assert heard == [(frozenset({entry(1)}), 1)]
-        sendable = replica.next_to_send(0)
-        assert sendable is not None
-        assert disk.kept().outbox == {sendable.number: sendable.update}
-        assert replica.next_to_send(sendable.number) is None
+        assert written.durable
+        assert disk.kept().outbox == {written.number: written.update}
+        assert replica.next_to_send(written.number) is None
+
+
+@asynccontextmanager
+async def sent_to_a_disk_that_fails(disk: Disk) -> AsyncIterator[tuple[LocalReplica, Task, bytes]]:
+    """A replica of which a write was sent; its disk did not take that, and its call waits."""
+    async with replica_on(disk) as replica:
+        await replica.write(adds(1))
+        replica.acknowledge([1])
+        replica.settle("log", 7)
+        disk.failing = True
+        writing = asyncio.create_task(replica.write(adds(2)))
+        await asyncio.sleep(0)
+        written = replica.next_to_send(0)
+        assert written is not None
+        await replica.merge(Elsewhere().write(3), 9)  # the relay says: all up to there is here
+        with pytest.raises(StoreFailed):
+            await replica.write(adds(9))  # which was not sent: it never happened
+        assert not writing.done()
+        yield replica, writing, written.update
+
+
+async def test_what_the_relay_took_and_the_disk_did_not_has_happened() -> None:
+    disk = Disk()
+    async with sent_to_a_disk_that_fails(disk) as (replica, writing, _):
+        client = replica.document.client_id
+        replica.acknowledge([2])
+        await writing
+        assert replica.document.client_id == client
+        replica.part()
+        assert set(replica.document.tree.entries) == {entry(1), entry(2), entry(3)}
+        disk.failing = False
+        await replica.write(adds(4))
+        everything = {entry(1), entry(2), entry(3), entry(4)}
+        assert set(disk.document().tree.entries) == everything
+        assert (disk.kept().log, disk.kept().lsn) == ("log", 9)
+        assert numbers(replica) == [4]
+
+
+async def test_what_was_sent_without_an_answer_and_is_not_on_disk_is_asked_for_again() -> None:
+    disk = Disk()
+    async with sent_to_a_disk_that_fails(disk) as (replica, writing, update):
+        client = replica.document.client_id
+        replica.part()
+        with pytest.raises(StoreFailed, match="full"):
+            await writing
+        assert set(replica.document.tree.entries) == {entry(1), entry(3)}
+        assert replica.document.client_id != client
+        assert replica.position[0] is None  # or the relay would take it for known here
+        disk.failing = False
+        assert await replica.merge(update, 8) is None  # it took it after all
+        await replica.write(adds(4))
+        assert set(disk.document().tree.entries) == {entry(1), entry(2), entry(3), entry(4)}
+        assert disk.kept().log is None
+
+
+async def test_what_was_sent_is_not_lost_by_a_disk_that_fails_behind_the_connection() -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        replica.settle("log", 7)
+        disk.hold()
+        writing = asyncio.create_task(replica.write(adds(1)))
+        await disk.reached.wait()
+        assert replica.next_to_send(0) is not None
+        replica.part()
+        disk.failing = True
+        disk.released.set()
+        with pytest.raises(StoreFailed):
+            await writing
+        assert replica.position[0] is None
+        assert not replica.document.tree.entries
+
+
+async def test_closing_waits_for_no_answer() -> None:
+    disk = Disk()
+    async with sent_to_a_disk_that_fails(disk) as (replica, writing, _):
+        await replica.close()
+        with pytest.raises(StoreFailed):
+            await writing
+
+
+async def test_what_was_sent_and_refused_is_a_draft_whatever_the_disk_says() -> None:
+    disk = Disk()
+    async with sent_to_a_disk_that_fails(disk) as (replica, writing, _):
+        await replica.refuse([2], "invalid", "content", "no")
+        with pytest.raises(StoreFailed):
+            await writing
+        assert set(replica.document.tree.entries) == {entry(1), entry(3)}
+        assert [one.entry for one in replica.refused_writes] == [entry(2)]
+        disk.failing = False
+        await replica.write(adds(4))
+        assert set(disk.document().tree.entries) == {entry(1), entry(3), entry(4)}
+        assert [one.entry for one in disk.kept().refused.values()] == [entry(2)]
+
+
+async def test_a_kill_between_sending_and_saving_leaves_nothing_twice() -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        replica.settle("log", 7)
+        await replica.write(adds(1))
+        disk.hold()
+        writing = asyncio.create_task(replica.write(adds(2)))
+        await disk.reached.wait()
+        written = replica.next_to_send(1)
+        assert written is not None
+        killed = deepcopy(disk.disk)
+        client = replica.document.client_id
+        disk.released.set()
+        await writing
+    found = Disk()
+    found.disk = killed
+    async with replica_on(found, seed=2) as replica:
+        assert set(replica.document.tree.entries) == {entry(1)}
+        assert replica.position == ("log", 7)  # and from there the relay goes on
+        assert replica.document.client_id != client
+        (outbox,) = replica.outbox
+        assert await replica.merge(outbox.update, 8) is None
+        assert await replica.merge(written.update, 9) is None
+        await replica.write(adds(3))
+        assert set(found.document().tree.entries) == {entry(1), entry(2), entry(3)}
+        assert numbers(replica) == [2]
+
+
+async def test_what_is_written_again_after_a_refusal_waits_for_the_disk() -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        await replica.write(adds(1))
+        await replica.write(adds(2))
+        disk.hold()
+        await replica.refuse([1], "invalid", "content", "no")
+        writing = asyncio.create_task(replica.write(adds(3)))
+        asking = asyncio.create_task(replica.diff())
+        await disk.reached.wait()
+        # A log that still has the second in its first form would have it written once more.
+        assert replica.next_to_send(0) is None
+        assert not asking.done()
+        disk.released.set()
+        await writing
+        assert (await asking)[1] == tuple(numbers(replica))
+        again = replica.next_to_send(0)
+        assert again is not None
+        assert disk.kept().outbox[again.number] == again.update
 
 
 async def test_what_was_merged_goes_to_disk_before_a_write_that_may_build_on_it() -> None:
@@ -299,22 +447,6 @@ async def test_a_write_that_raises_half_way_leaves_no_half() -> None:
         assert set(disk.document().tree.entries) == {entry(1), entry(3)}
 
 
-async def test_a_diff_holds_back_until_our_own_writes_are_on_disk() -> None:
-    disk = Disk()
-    async with replica_on(disk) as replica:
-        disk.hold()
-        writing = asyncio.create_task(replica.write(adds(1)))
-        await disk.reached.wait()
-        asking = asyncio.create_task(replica.diff())
-        await asyncio.sleep(0)
-        assert not asking.done()
-        disk.failing = True
-        disk.released.set()
-        with pytest.raises(StoreFailed):
-            await writing
-        assert await asking == (b"\x00\x00", ())  # nobody else ever sees it
-
-
 async def test_a_restart_finds_everything_and_takes_a_fresh_client_id() -> None:
     disk, clients = Disk(), set()
     for number in range(1, 6):
@@ -414,6 +546,25 @@ class GatedLog(MemoryLog):
         if self.gate is not None:
             await self.gate.wait()
         return loaded
+
+
+async def test_a_write_that_the_disk_refused_does_not_go_out_any_more() -> None:
+    disk = Disk()
+    log = GatedLog(disk.disk, clock=lambda: 0, faults=disk.seam)
+    replica = await LocalReplica.open(NAME, log, Random(1))
+    log.gate = asyncio.Event()
+    disk.failing = True
+    writing = asyncio.create_task(replica.write(adds(1)))
+    await disk.reached.wait()
+    async with asyncio.timeout(5):
+        while replica.outbox:  # noqa: ASYNC110 - nobody is told when the log is being read
+            await asyncio.sleep(0)
+    assert not writing.done()
+    assert replica.next_to_send(0) is None
+    log.gate.set()
+    with pytest.raises(StoreFailed):
+        await writing
+    await replica.close()
 
 
 async def test_a_write_that_is_committed_while_the_replica_is_built_anew_stays() -> None:
