@@ -194,7 +194,7 @@ class Engine(Protocol):
     async def warm(self, ids: Sequence[int]) -> Prefilled:
         """Bring the KV of ``ids``, so that a later :meth:`generate` has little left to do.
 
-        Yields to every :meth:`generate`. Cancelling the call stops the work within 64 rows; what
+        Yields to every :meth:`generate`. Cancelling the call stops the work within 96 rows; what
         was computed stays resident.
 
         Raises:
@@ -215,7 +215,7 @@ class Engine(Protocol):
         sampled so far and the same ``start`` and ``params``. A reply that had ended already gives
         its :class:`Prefilled` and :class:`Finished`.
 
-        Closing the iterator cancels: seen before the next decode step and every 64 prefill rows.
+        Closing the iterator cancels: seen before the next decode step and every 96 prefill rows.
 
         Args:
             ids: the prompt, and after it what this reply has sampled already.

@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 LANES: Final = 16
 """Values in a register; a head is a whole number of registers."""
 
-WIDTH_MAX: Final = (2**31 - 1) // (255 * 127)
-"""Inputs of a product whose sums of 8-bit products surely fit 32 bits."""
-
 SIZE_MAX: Final = 2**31 - 1
 """Of anything; the kernels count in 32 bits."""
 
@@ -108,8 +105,6 @@ class NativeStep:
             *(shape.kv_heads, shape.head_dim, shape.vocabulary),
         )
         width = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
-        if weight_format == INT8 and width > WIDTH_MAX:
-            raise KernelsUnavailable(f"rows of {width} values are too wide for exact products")
         if min(sizes) < 1 or max(*sizes, width) > SIZE_MAX:
             raise KernelsUnavailable("the model has a size that is none")
         loaded = library()

@@ -30,9 +30,9 @@ row, measured, which is as slow as a stream should get."""
 AHEAD_MAX = 4
 """Requests of the other lane that run at once: each pins the KV of its path."""
 
-CHUNK_ROWS_MAX = 64
-"""Rows of a prefill step: so often a cancellation is seen. More would save little, fewer would
-read the weights more often."""
+CHUNK_ROWS_MAX = 96
+"""Rows of a prefill step: so often a cancellation is seen. A message of some sentences is one step
+of them; more would save little, fewer would read the weights more often."""
 
 SHARED_CHUNK_ROWS_MAX = 32
 """Rows of a chunk while replies run: their next token waits for all of it."""

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from crdt_llm.errors import EngineBusy, LocalMisuse, PromptTooLong
-from crdt_llm.inference.attention import WIDE_BLOCK
 from crdt_llm.inference.checkpoint import DISK_BYTES, Checkpoints, Rows
 from crdt_llm.inference.engine import (
     Capabilities,
@@ -338,8 +337,6 @@ class TorchEngine:
         extent = self._reserve(request, path, planned, emit)
         if extent is None or extent.slot in planned:
             return  # of two that stand at one tip the second one copies it, in the next step
-        if rows_max > WIDE_BLOCK:  # end where a block of attention ends
-            rows_max -= path.length % WIDE_BLOCK
         rows = min(rows_max, request.missing, extent.room)
         chunk = Chunk(path.length, rows, [tile.slot for tile in path.tiles])
         ids = request.ids[path.length : path.length + rows]

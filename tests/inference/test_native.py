@@ -547,8 +547,12 @@ def as_held(matrix: Tensor, weight_format: str) -> Tensor:
     """What of a weight matrix remains, in float64."""
     if weight_format == BF16:
         return matrix.bfloat16().double()
-    scale = matrix.abs().amax(-1, keepdim=True) / 127
-    return (matrix / scale).round().double() * scale.double()
+    groups = [
+        (group / scale).round().clamp(-127, 127).double() * scale.double()
+        for group in matrix.split(64, -1)
+        for scale in [(group.abs().amax(-1, keepdim=True) / 127).bfloat16().float()]
+    ]
+    return torch.cat(groups, -1)
 
 
 def reference(model: Model, rows: Tensor) -> Tensor:
@@ -622,7 +626,7 @@ def test_the_numbers_are_those_of_the_textbook(
     found = model.step.logits(hidden_of(pool, [1, 0], 300)).double()
     expected = reference(model, rows)
     error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-    assert error < {INT8: 0.004, BF16: 0.006}[weight_format]
+    assert error < {INT8: 0.015, BF16: 0.006}[weight_format]
 
 
 @needs_kernels
@@ -631,16 +635,25 @@ def test_products_of_whole_numbers_are_exact() -> None:
     model = new_model(shape, INT8)
     choice = random.Random(1)
     levels = torch.tensor([[choice.randint(-127, 127) for _ in range(300)] for _ in range(77)])
-    levels[:, 3] = 127
-    # Eight bits, as bfloat16 has them, at any of the places of an operand of 16.
-    steps = torch.tensor(
-        [[choice.randint(-127, 127) << choice.randint(0, 8) for _ in range(300)] for _ in range(9)]
-    )
-    steps[:, 5] = 127 << 8
+    levels[:, ::64] = 127
+    # Of 8 bits, as bfloat16 has them; the largest of each group of 32 makes a level worth 1 or 2.
+    steps = torch.tensor([[choice.randint(-126, 126) for _ in range(300)] for _ in range(9)])
+    steps[:, ::32] = 127
+    steps[:, 64:96] *= 2
     model.step.set_head(model.norm, levels.float())
-    found = model.step.logits((steps / 256).bfloat16()).double()
-    exact = (steps @ levels.T).double() / 256
-    assert torch.allclose(found, exact, rtol=4e-7, atol=0)
+    found = model.step.logits(steps.bfloat16()).double()
+    assert torch.allclose(found, (steps @ levels.T).double(), rtol=4e-7, atol=1e-3)
+
+
+@needs_kernels
+def test_a_row_of_the_head_keeps_16_bits() -> None:
+    model = new_model(replace(SHAPE, hidden=300, vocabulary=77), INT8)
+    hidden = embeddings(model, 9).bfloat16()
+    hidden[:, ::7] *= 40  # beside which others are small
+    weights = as_held(model.head, INT8)
+    found = model.step.logits(hidden).double()
+    off = hidden.double().abs().amax(-1, keepdim=True) / (2 * 127 * 254)
+    assert ((found - hidden.double() @ weights.T).abs() <= off * weights.abs().sum(-1)).all()
 
 
 @needs_kernels
@@ -668,9 +681,10 @@ def test_silu_and_its_exponential_are_as_accurate_as_float32() -> None:
     tables = torch.zeros(shape.positions, shape.head_dim)
     step = NativeStep(shape, tables, tables, INT8)
     truth = (numbers.double() / (1 + (-numbers.double()).exp())).float()
+    whole = 127 / 128  # a weight that int8 holds as it is
     for index, number in enumerate(numbers):
         down, down_bias = torch.zeros(shape.hidden, 1), torch.zeros(shape.hidden)
-        down[index], down_bias[index] = 1, -truth[index]
+        down[index], down_bias[index] = whole, -truth[index].double() * whole
         step.add_layer(
             LayerWeights(
                 attention_norm=torch.ones(shape.hidden),
@@ -694,7 +708,8 @@ def test_silu_and_its_exponential_are_as_accurate_as_float32() -> None:
     step.forward(state, [Chunk(0, 1, [0])], pool)
     hidden = pool.hidden[0, 0].double()
     errors = (hidden[:-1] / hidden[-1] * known).abs()
-    assert (errors <= 6e-7 * truth.abs() + 1e-34).all()
+    # What is below the least peak that a group may have is rounded coarsely.
+    assert (errors <= 6e-7 * truth.abs() + 1e-32).all()
 
 
 @needs_kernels
@@ -723,7 +738,6 @@ def test_what_is_no_number_stays_so_and_where_it_is(weight_format: str) -> None:
     ("shape", "weight_format", "reason"),
     [
         (replace(SHAPE, head_dim=24), BF16, "no multiple of 16"),
-        (replace(SHAPE, intermediate=native_step.WIDTH_MAX + 1), INT8, "too wide"),
         (replace(SHAPE, heads=-2, kv_heads=-1), INT8, "a size that is none"),
         (replace(SHAPE, hidden=0), BF16, "a size that is none"),
         (replace(SHAPE, vocabulary=2**31), BF16, "a size that is none"),

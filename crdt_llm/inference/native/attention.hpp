@@ -41,7 +41,7 @@ struct Pairs {
 
 // What rows found so far: of each query row its largest score, its sum, its values.
 struct Found {
-  float* peak;    // (queries)
+  float* peak;    // (queries), as a power of two
   float* sum;     // (queries)
   float* values;  // (queries, head_dim)
 };
@@ -148,8 +148,8 @@ inline void weigh(const Bf16 (*weights)[TILE], const Pairs& pairs, int count, in
   });
 }
 
-// Scores of one row to weights; returns (peak, sum). `visible` keys count, up to `count` are
-// written.
+// Scores of one row to weights, powers of two of what `scale` makes of them; returns (peak, sum).
+// `visible` keys count, up to `count` are written.
 inline void soften(const float* scores, int visible, int count, float scale, Bf16* weights,
                    float* peak, float* sum) {
   __m512 peaks = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
@@ -162,7 +162,7 @@ inline void soften(const float* scores, int visible, int count, float scale, Bf1
   __m512 sums = _mm512_setzero_ps();
   for (int at = 0; at < count; at += LANES) {
     const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(scores + at), by, less);
-    const __m512 weight = _mm512_maskz_mov_ps(first_lanes(visible - at), exponential(x));
+    const __m512 weight = _mm512_maskz_mov_ps(first_lanes(visible - at), rough_power_of_two(x));
     const __m256i rounded = narrow(weight);
     _mm256_storeu_si256((__m256i*)(weights + at), rounded);
     sums = _mm512_add_ps(sums, widen(rounded));  // what is summed is what weighs
@@ -175,8 +175,8 @@ inline void soften(const float* scores, int visible, int count, float scale, Bf1
 inline void put_together(const Found& had, const Found& more, int queries, int head_dim) {
   for (int q = 0; q < queries; ++q) {
     const float peak = std::max(had.peak[q], more.peak[q]);
-    const __m512 keep = exponential(_mm512_set1_ps(had.peak[q] - peak));
-    const __m512 take = exponential(_mm512_set1_ps(more.peak[q] - peak));
+    const __m512 keep = exponential(_mm512_set1_ps((had.peak[q] - peak) * LN_2));
+    const __m512 take = exponential(_mm512_set1_ps((more.peak[q] - peak) * LN_2));
     float* mine = had.values + size_t(q) * head_dim;
     const float* theirs = more.values + size_t(q) * head_dim;
     for (int at = 0; at < head_dim; at += LANES) {

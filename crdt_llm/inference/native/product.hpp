@@ -1,31 +1,31 @@
 // Products of rows with a weight matrix, `y = x W^T + b`, in two weight formats.
 //
-// A weight lies in panels of 16 outputs, in the order in which a product reads it: for each group
-// of inputs (4 in int8, 2 in bf16) the 16 outputs side by side, which is one register. Panels are
-// padded with zeros to a whole number of groups and outputs.
+// A weight lies in panels of 16 outputs, in the order in which a product reads it: for each step
+// along the inputs (4 of them in int8, 2 in bf16) the 16 outputs side by side, which is one
+// register. Panels are padded with zeros to a whole number of groups and outputs.
 //
-// int8: sums of whole numbers, exact in any order. bf16: each output is one chain of additions
-// along the inputs, whatever the number of rows or panels computed together. Either way a row's
-// result depends on the row alone.
+// int8: within a group sums of whole numbers, exact in any order; along the groups, and in bf16
+// along the inputs, each output is one chain of additions, whatever the number of rows or panels
+// computed together. Either way a row's result depends on the row alone.
 #pragma once
 
 #include "memory.hpp"
 
 namespace crdt_llm {
 
-constexpr int LEVEL_MAX = 127;   // of an int8 weight; symmetric, so that none needs a zero point
-constexpr int PANELS_MAX = 4;    // computed together
-constexpr int GROUP_BYTES = 64;  // a group of inputs of one panel: a register
+constexpr int PANELS_MAX = 4;   // computed together
+constexpr int STEP_BYTES = 64;  // a step along the inputs of one panel: a register
+constexpr int STEPS_A_GROUP = GROUP / 4;
+constexpr int WEIGHT_GROUP = 64;  // inputs of an output that share a scale: two groups of a row
 
 struct Linear {
   Format format;
   int inputs;
   int outputs;
   int panels;
-  int groups;              // of inputs
-  Buffer<uint8_t> weight;  // (panels, groups, GROUP_BYTES)
-  Buffer<float> scale;     // int8: (panels * 16): what a level of an output is worth
-  Buffer<int32_t> zero;    // int8: (panels * 16): what the zero points of the rows add to a sum
+  int steps;               // along the inputs
+  Buffer<uint8_t> weight;  // (panels, steps, STEP_BYTES)
+  Buffer<Bf16> scale;      // int8: (panels, scales, 16): what a level is worth
   Buffer<float> bias;      // (panels * 16), or null
 
   // `weights`: float32 (outputs, inputs); `biases`: (outputs) or null. `order[n]` is which of them
@@ -36,20 +36,21 @@ struct Linear {
         inputs(inputs),
         outputs(count),
         panels(ceil_div(count, LANES)),
-        groups(format == Format::INT8 ? round_up(inputs, 64) / 4 : round_up(inputs, 32) / 2),
-        weight(allocate<uint8_t>(size_t(panels) * groups * GROUP_BYTES)),
-        scale(allocate<float>(panels * LANES)),
-        zero(allocate<int32_t>(panels * LANES)),
+        steps(format == Format::INT8 ? Int8Row(inputs).padded / 4 : round_up(inputs, 32) / 2),
+        weight(allocate<uint8_t>(size_t(panels) * steps * STEP_BYTES)),
+        scale(allocate<Bf16>(size_t(panels) * scales() * LANES)),
         bias(biases ? allocate<float>(panels * LANES) : nullptr) {
-    std::memset(weight.get(), 0, size_t(panels) * groups * GROUP_BYTES);
+    std::memset(weight.get(), 0, size_t(panels) * steps * STEP_BYTES);
+    std::memset(scale.get(), 0, sizeof(Bf16) * panels * scales() * LANES);
     for (int output = 0; output < panels * LANES; ++output) {
       const int from = output < count ? order[output] : -1;
-      scale[output] = 0.0f;
-      zero[output] = 0;
       if (bias) bias[output] = from < 0 ? 0.0f : biases[from];
       if (from >= 0) fill(output, weights + size_t(from) * inputs);
     }
   }
+
+  // Of an output, in int8.
+  int scales() const { return steps * 4 / WEIGHT_GROUP; }
 
   __m512 with_bias(__m512 values, int output) const {
     return bias ? _mm512_add_ps(values, _mm512_load_ps(bias.get() + output)) : values;
@@ -57,32 +58,33 @@ struct Linear {
 
  private:
   void fill(int output, const float* row) {
-    uint8_t* panel = weight.get() + size_t(output / LANES) * groups * GROUP_BYTES;
+    uint8_t* panel = weight.get() + size_t(output / LANES) * steps * STEP_BYTES;
     const int lane = output % LANES;
     if (format == Format::BF16) {
       for (int at = 0; at < inputs; ++at) {
-        const Bf16 rounded = Bf16(_mm256_extract_epi16(narrow(_mm512_set1_ps(row[at])), 0));
-        std::memcpy(panel + at / 2 * GROUP_BYTES + lane * 4 + at % 2 * 2, &rounded, sizeof rounded);
+        const Bf16 rounded = to_bf16(row[at]);
+        std::memcpy(panel + at / 2 * STEP_BYTES + lane * 4 + at % 2 * 2, &rounded, sizeof rounded);
       }
       return;
     }
-    float peak = PEAK_MIN;
-    for (int at = 0; at < inputs; ++at) peak = std::max(peak, __builtin_fabsf(row[at]));
-    scale[output] = peak / LEVEL_MAX;
-    int32_t sum = 0;
-    for (int at = 0; at < inputs; ++at) {
-      const int level = int(__builtin_rintf(row[at] / scale[output]));
-      panel[at / 4 * GROUP_BYTES + lane * 4 + at % 4] = uint8_t(int8_t(level));
-      sum += level;
+    for (int first = 0; first < inputs; first += WEIGHT_GROUP) {
+      const int end = std::min(first + WEIGHT_GROUP, inputs);
+      float peak = PEAK_MIN;
+      for (int at = first; at < end; ++at) peak = std::max(peak, __builtin_fabsf(row[at]));
+      const Bf16 rounded = to_bf16(peak / LEVEL_MAX);
+      scale[(size_t(output / LANES) * scales() + first / WEIGHT_GROUP) * LANES + lane] = rounded;
+      for (int at = first; at < end; ++at) {
+        const int level = int(__builtin_rintf(row[at] / to_float(rounded)));
+        panel[at / 4 * STEP_BYTES + lane * 4 + at % 4] =
+            uint8_t(std::clamp(level, -LEVEL_MAX, LEVEL_MAX) + ZERO);
+      }
     }
-    zero[output] = ZERO * sum;
   }
 };
 
 // The operands of some rows: `bytes` each.
 struct Operands {
   const uint8_t* data;
-  const float* scale;
   int bytes;
 };
 
@@ -90,34 +92,50 @@ struct Operands {
 template <int R, int P, typename Take>
 inline void multiply_int8(const Linear& linear, const Operands& rows, int first_row,
                           int first_panel, Take&& take) {
-  __m512i low[R * P], high[R * P];
-  unrolled<R * P>([&](int n) INLINE { low[n] = high[n] = _mm512_setzero_si512(); });
-  const size_t panel = size_t(linear.groups) * GROUP_BYTES;
+  __m512 sum[R * P];
+  unrolled<R * P>([&](int n) INLINE { sum[n] = _mm512_setzero_ps(); });
+  const size_t panel = size_t(linear.steps) * STEP_BYTES;
   const uint8_t* weights = linear.weight.get() + first_panel * panel;
-  const uint8_t* row = rows.data + size_t(first_row) * rows.bytes;
-  const size_t bytes = rows.bytes, plane = bytes / 2;
-  for (int group = 0; group < linear.groups; ++group, weights += GROUP_BYTES, row += 4) {
-    __m512i weight[P];
-    unrolled<P>([&](int p) INLINE { weight[p] = _mm512_load_si512(weights + p * panel); });
+  const size_t bytes = rows.bytes;
+  const uint8_t* levels = rows.data + first_row * bytes;
+  const Int8Row parts(linear.inputs);
+  const uint8_t* scales = levels + parts.scales();
+  const uint8_t* begins = levels + parts.begins();
+  const size_t panel_scales = size_t(linear.scales()) * LANES;
+  const Bf16* weight_scales = linear.scale.get() + first_panel * panel_scales;
+  for (int group = 0; group < parts.groups(); ++group, scales += 4, begins += 4) {
+    __m512i part[R * P];
     unrolled<R>([&](int r) INLINE {
-      const __m512i lows = repeated(row + r * bytes), highs = repeated(row + r * bytes + plane);
+      const __m512i begin = repeated(begins + r * bytes);
+      unrolled<P>([&](int p) INLINE { part[r * P + p] = begin; });
+    });
+#pragma GCC unroll 8
+    for (int step = 0; step < STEPS_A_GROUP; ++step, weights += STEP_BYTES, levels += 4) {
+      __m512i weight[P];
+      unrolled<P>([&](int p) INLINE { weight[p] = _mm512_load_si512(weights + p * panel); });
+      unrolled<R>([&](int r) INLINE {
+        const __m512i four = repeated(levels + r * bytes);
+        unrolled<P>([&](int p) INLINE { add_int8(part[r * P + p], weight[p], four); });
+      });
+    }
+    __m512 weight_scale[P];
+    unrolled<P>([&](int p) INLINE {
+      const Bf16* from = weight_scales + p * panel_scales + group / 2 * LANES;
+      weight_scale[p] = widen(_mm256_load_si256((const __m256i*)from));
+    });
+    unrolled<R>([&](int r) INLINE {
+      const __m512 scale = _mm512_castsi512_ps(repeated(scales + r * bytes));
       unrolled<P>([&](int p) INLINE {
-        add_int8(low[r * P + p], lows, weight[p]);
-        add_int8(high[r * P + p], highs, weight[p]);
+        const int n = r * P + p;
+        const __m512 by = _mm512_mul_ps(scale, weight_scale[p]);
+        sum[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part[n]), by, sum[n]);
       });
     });
   }
   unrolled<P>([&](int p) INLINE {
     const int output = (first_panel + p) * LANES;
-    const __m512i zero = _mm512_load_si512(linear.zero.get() + output);
-    const __m512 scale = _mm512_load_ps(linear.scale.get() + output);
     unrolled<R>([&](int r) INLINE {
-      const __m512 lows = _mm512_cvtepi32_ps(_mm512_sub_epi32(low[r * P + p], zero));
-      const __m512 highs = _mm512_cvtepi32_ps(_mm512_sub_epi32(high[r * P + p], zero));
-      const __m512 sum = _mm512_fmadd_ps(highs, _mm512_set1_ps(float(PLANE)), lows);
-      const __m512 by = _mm512_mul_ps(scale, _mm512_set1_ps(rows.scale[first_row + r]));
-      const __m512 result = _mm512_mul_ps(sum, by);
-      take(first_row + r, first_panel + p, linear.with_bias(result, output));
+      take(first_row + r, first_panel + p, linear.with_bias(sum[r * P + p], output));
     });
   });
 }
@@ -127,11 +145,11 @@ inline void multiply_bf16(const Linear& linear, const Operands& rows, int first_
                           int first_panel, Take&& take) {
   __m512 sum[R * P];
   unrolled<R * P>([&](int n) INLINE { sum[n] = _mm512_setzero_ps(); });
-  const size_t panel = size_t(linear.groups) * GROUP_BYTES;
+  const size_t panel = size_t(linear.steps) * STEP_BYTES;
   const uint8_t* weights = linear.weight.get() + first_panel * panel;
   const uint8_t* row = rows.data + size_t(first_row) * rows.bytes;
   const size_t bytes = rows.bytes;
-  for (int group = 0; group < linear.groups; ++group, weights += GROUP_BYTES, row += 4) {
+  for (int step = 0; step < linear.steps; ++step, weights += STEP_BYTES, row += 4) {
     __m512i weight[P];
     unrolled<P>([&](int p) INLINE { weight[p] = _mm512_load_si512(weights + p * panel); });
     unrolled<R>([&](int r) INLINE {

@@ -49,10 +49,10 @@ struct Chunk {
 
 namespace {
 
-constexpr int FEW_ROWS = 2;         // each thread makes their operands for itself: no barrier
-constexpr int ROWS_A_TASK = 24;     // of a product: a multiple of what is computed together
+constexpr int FEW_ROWS = 2;      // each thread makes their operands for itself: no barrier
+constexpr int ROWS_A_TASK = 24;  // of a product: a multiple of what is computed together, and of 2
 constexpr int SPLIT_ROWS_MAX = 32;  // chunks of up to so many rows share their tiles out to threads
-constexpr int ROWS_A_BLOCK = 32;    // of attention, in longer chunks
+constexpr int ROWS_A_BLOCK = 48;    // of attention at most, in longer chunks
 
 std::vector<float> copied(const float* values, size_t count) {
   return values ? std::vector<float>(values, values + count) : std::vector<float>();
@@ -107,13 +107,11 @@ struct Layer {
 // Operands of the widest row, for some rows.
 struct OperandRows {
   Buffer<uint8_t> data;
-  Buffer<float> scale;
   int rows = 0;
 
   void reserve(int count, int bytes) {
     if (count <= rows) return;
     data = allocate<uint8_t>(size_t(count) * bytes);
-    scale = allocate<float>(count);
     rows = count;
   }
 };
@@ -188,23 +186,29 @@ class Model {
     team_.run(threads, [&](int index) { step(state, chunks, pool, desks_[index]); });
   }
 
+  // In int8 a row is two operands here, what is rounded and what rounding left of it: the head is
+  // read once for all of them, and half of what int8 costs in quality was its rounding.
   void logits(const Bf16* hidden, int rows, float* out, int threads) {
-    rows_ = rows;
+    const int parts = Format(sizes_.format) == Format::INT8 ? 2 : 1;
+    rows_ = rows * parts;
     reserve();
     team_.run(threads, [&](int index) {
       const Operands operands =
           make_rows(desks_[index], sizes_.hidden, nullptr, [&](int row, float* to) {
-            const Bf16* from = hidden + size_t(row) * sizes_.hidden;
+            const Bf16* from = hidden + size_t(row / parts) * sizes_.hidden;
             for (int at = 0; at < sizes_.hidden; at += LANES) {
               const __mmask16 lanes = first_lanes(sizes_.hidden - at);
               _mm512_mask_storeu_ps(to + at, lanes,
                                     widen(_mm256_maskz_loadu_epi16(lanes, from + at)));
             }
+            if (row % parts) leave_rest(to, sizes_.hidden);
             return Source{to, 1.0f};
           });
       product(*head_, operands, [&](int row, int panel, __m512 values) {
-        _mm512_mask_storeu_ps(out + size_t(row) * sizes_.vocabulary + panel * LANES,
-                              first_lanes(sizes_.vocabulary - panel * LANES), values);
+        float* to = out + size_t(row / parts) * sizes_.vocabulary + panel * LANES;
+        const __mmask16 lanes = first_lanes(sizes_.vocabulary - panel * LANES);
+        if (row % parts) values = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), values);
+        _mm512_mask_storeu_ps(to, lanes, values);
       });
     });
   }
@@ -226,10 +230,12 @@ class Model {
       const bool split = rows <= SPLIT_ROWS_MAX;
       const int parts = split ? tiles : 1;
       places_.push_back({rows_, parts, found});
+      const int blocks = ceil_div(rows, ROWS_A_BLOCK);
+      const int most = round_up(ceil_div(rows, blocks), 2);  // alike, so that threads end together
       for (int head = 0; head < sizes_.kv_heads; ++head) {
         for (int part = 0; part < parts; ++part) {
-          for (int row = 0; row < rows; row += ROWS_A_BLOCK) {
-            const int some = std::min(ROWS_A_BLOCK, rows - row);
+          for (int row = 0; row < rows; row += most) {
+            const int some = std::min(most, rows - row);
             shares_.push_back(
                 {chunk, head, row, some, part, split ? 1 : tiles, found + size_t(row) * group_});
           }
@@ -315,15 +321,14 @@ class Model {
     OperandRows& to = few ? desk.operands : operands_;
     const auto make = [&](int row) {
       const Source from = source(row, desk.row.data());
-      make_operand(format, from.row, gain, from.factor, width, to.data.get() + size_t(row) * bytes,
-                   to.scale.get() + row);
+      make_operand(format, from.row, gain, from.factor, width, to.data.get() + size_t(row) * bytes);
     };
     if (few) {
       for (int row = 0; row < rows_; ++row) make(row);
     } else {
       team_.each(rows_, make);
     }
-    return {to.data.get(), to.scale.get(), bytes};
+    return {to.data.get(), bytes};
   }
 
   // One product of all rows; `take` sees panels of a row in ascending order.
@@ -393,7 +398,7 @@ class Model {
     const int dim = sizes_.head_dim, queries = share.rows * group_;
     const int row = places_[share.chunk].row + share.row;
     const Bf16* query = queries_.get() + (size_t(share.head) * rows_ + row) * group_ * dim;
-    const float scale = 1.0f / __builtin_sqrtf(float(dim));
+    const float scale = LOG2_E / __builtin_sqrtf(float(dim));
     const Found found = found_at(share.found);
     for (int tile = share.tile; tile < share.tile + share.tiles; ++tile) {
       int most = 0;
