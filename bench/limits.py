@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MEASURE_S_MAX = 300  # of one measurement: seconds on a quiet machine
 HEADER_BYTES_MAX = 100_000_000  # of a safetensors file: the format's own limit
 BYTES_OF_WEIGHT = {"int8": 1, "bf16": 2}
-BYTES_OF_SCALE = 4  # float32, one an output of an int8 matrix
+WEIGHTS_A_SCALE, BYTES_OF_SCALE = 64, 2  # of an int8 matrix: bf16
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -41,12 +41,10 @@ class Matrices:
     Attributes:
         layers: Weights in all layers together.
         head: Weights of the output head.
-        outputs: Rows of all of them, the head's included.
     """
 
     layers: int
     head: int
-    outputs: int
 
     @classmethod
     def of(cls, model: Path) -> Matrices:
@@ -57,16 +55,13 @@ class Matrices:
         embedding = shapes.pop(EMBEDDING)
         head = head or embedding
         layers = [shape for shape in shapes.values() if len(shape) == 2]
-        return cls(
-            layers=sum(math.prod(shape) for shape in layers),
-            head=math.prod(head),
-            outputs=head[0] + sum(shape[0] for shape in layers),
-        )
+        return cls(layers=sum(math.prod(shape) for shape in layers), head=math.prod(head))
 
     def read_bytes(self, weights: str) -> int:
         """What a step reads of them in a weight format."""
-        scales = self.outputs * BYTES_OF_SCALE if weights == "int8" else 0
-        return (self.layers + self.head) * BYTES_OF_WEIGHT[weights] + scales
+        count = self.layers + self.head
+        scales = count // WEIGHTS_A_SCALE * BYTES_OF_SCALE if weights == "int8" else 0
+        return count * BYTES_OF_WEIGHT[weights] + scales
 
 
 def _shapes(model: Path) -> Iterator[tuple[str, list[int]]]:
