@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import queue
@@ -217,6 +218,9 @@ def _run(engine: TorchEngine, commands: queue.Queue[_Input], reports: Reports) -
     """Take every waiting command, then do one step; without work, write KV to disk, then wait."""
     import torch  # noqa: PLC0415 - it was loaded with the engine
 
+    # What is loaded now stays: a collection that went through all of it would hold up a step.
+    gc.collect()
+    gc.freeze()
     team = Team(torch.get_num_threads())
     while True:
         if engine.busy:
