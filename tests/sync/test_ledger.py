@@ -19,6 +19,8 @@ from crdt_llm.errors import Refused, StoreFailed, Unavailable
 from crdt_llm.sync import ledger
 
 if TYPE_CHECKING:
+    from sync.rooms import Member
+
     from crdt_llm.store.register import RegisterSeam, Row
 
 
@@ -34,12 +36,18 @@ def document(place: Place) -> Conversation:
     return replica
 
 
-async def a_turn(place: Place) -> tuple[LeasedNode, Device, str]:
-    owner, device = await born(place)
+async def answering(place: Place, owner: Member, device: Device) -> tuple[LeasedNode, str]:
+    """A node that has begun to answer a question, and the slot."""
     question, slot = await ask(device, owner)
     node = await LeasedNode.sit(place)
     await node.admit(question)
     await node.start(slot)
+    return node, slot
+
+
+async def a_turn(place: Place) -> tuple[LeasedNode, Device, str]:
+    owner, device = await born(place)
+    node, slot = await answering(place, owner, device)
     await node.say(slot, "Be")
     await node.say(slot, "cause.")
     await node.finish(slot)
@@ -58,10 +66,7 @@ async def test_a_birth_makes_the_row() -> None:
 async def test_a_token_of_a_stream_changes_nothing() -> None:
     place = Place(leased=True)
     owner, device = await born(place)
-    question, slot = await ask(device, owner)
-    node = await LeasedNode.sit(place)
-    await node.admit(question)
-    await node.start(slot)
+    node, slot = await answering(place, owner, device)
     await node.say(slot, "Be")  # the seal's own client id is bound here
     before = place.saves
     for word in ("cause ", "it ", "rains."):
@@ -318,10 +323,7 @@ async def test_an_epoch_is_durable_before_anybody_has_it(seam: RegisterSeam) -> 
 async def test_a_fenced_node_writes_nothing(what: str) -> None:
     place = Place(leased=True)
     owner, device = await born(place)
-    question, slot = await ask(device, owner)
-    old = await LeasedNode.sit(place)
-    await old.admit(question)
-    await old.start(slot)
+    old, slot = await answering(place, owner, device)
     await old.say(slot, "in time")
     await LeasedNode.sit(place, seed=1)
     with pytest.raises(Refused) as refused:
@@ -333,10 +335,7 @@ async def test_what_waits_behind_a_lease_that_ends_is_fenced_too() -> None:
     """It was written under the old lease, though its writer has a new one by then."""
     place = Place(leased=True)
     owner, device = await born(place)
-    question, slot = await ask(device, owner)
-    old = await LeasedNode.sit(place)
-    await old.admit(question)
-    await old.start(slot)
+    old, slot = await answering(place, owner, device)
     place.gate.clear()
     blocking = asyncio.create_task(owner.membership.submit(device.entitle("in the way")))
     await turns()
@@ -361,10 +360,7 @@ async def test_what_waits_behind_a_connection_that_ends_is_fenced_though_the_epo
     """The same node is back on another connection, and generates the same words again."""
     place = Place(leased=True)
     owner, device = await born(place)
-    question, slot = await ask(device, owner)
-    old = await LeasedNode.sit(place)
-    await old.admit(question)
-    await old.start(slot)
+    old, slot = await answering(place, owner, device)
     place.gate.clear()
     blocking = asyncio.create_task(owner.membership.submit(device.entitle("in the way")))
     await turns()

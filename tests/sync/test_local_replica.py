@@ -402,14 +402,19 @@ async def test_too_much_that_waits_for_a_slow_disk_holds_up_the_merge(
         assert set(disk.document().tree.entries) == {entry(1), entry(2)}
 
 
+async def cancelled_write(replica: LocalReplica, disk: Disk) -> None:
+    """Give a write up while the disk is at it, which waits to be released."""
+    disk.hold()
+    writing = asyncio.create_task(replica.write(adds(1)))
+    await disk.reached.wait()
+    writing.cancel()
+    await asyncio.wait({writing})
+
+
 async def test_a_cancelled_writer_leaves_the_write_whole() -> None:
     disk = Disk()
     async with replica_on(disk) as replica:
-        disk.hold()
-        writing = asyncio.create_task(replica.write(adds(1)))
-        await disk.reached.wait()
-        writing.cancel()
-        await asyncio.wait({writing})
+        await cancelled_write(replica, disk)
         disk.released.set()
         await replica.write(adds(2))
         assert len(replica.outbox) == 2
@@ -419,11 +424,7 @@ async def test_a_cancelled_writer_leaves_the_write_whole() -> None:
 async def test_a_cancelled_writer_and_a_failing_disk_complain_to_nobody() -> None:
     disk = Disk()
     async with replica_on(disk) as replica:
-        disk.hold()
-        writing = asyncio.create_task(replica.write(adds(1)))
-        await disk.reached.wait()
-        writing.cancel()
-        await asyncio.wait({writing})
+        await cancelled_write(replica, disk)
         disk.failing = True
         disk.released.set()
         with pytest.raises(StoreFailed):

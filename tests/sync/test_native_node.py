@@ -76,12 +76,12 @@ class World:
         native.down()
         return native
 
-    async def person(self, seed: int = 1) -> tuple[Native, NativeDevice]:
-        native = Native(self.place)
+    async def person(self, seed: int = 1, principal: str = "owner") -> tuple[Native, NativeDevice]:
+        native = Native(self.place, principal)
         await native.greet()
         await native.send(open_frame())
         await turns()
-        replica = device(seed)
+        replica = device(seed, principal)
         replica.hear(native.down())
         return native, replica
 
@@ -346,10 +346,7 @@ async def test_readers_drafts_are_not_passed_on() -> None:
     owner, replica = await born(world.place)
     await owner.membership.submit(replica.grant("friend", Grant.READER))
     node = await world.holding()
-    friend = Native(world.place, "friend")
-    await friend.greet()
-    await friend.send(open_frame())
-    await turns()
+    friend, _ = await world.person(2, "friend")
     await friend.send(Draft(1, "", 0, "no answer to be had"))
     assert node.down() == []
 
@@ -370,10 +367,7 @@ async def test_rights_that_come_and_go_count_for_drafts(monkeypatch: pytest.Monk
     owner, replica = await born(world.place)
     await owner.membership.submit(replica.grant("friend", Grant.READER))
     node = await world.holding()
-    friend = Native(world.place, "friend")
-    await friend.greet()
-    await friend.send(open_frame())
-    await turns()
+    friend, _ = await world.person(2, "friend")
 
     async def heard(frame: Draft) -> list[tuple[str | None, str]]:
         await friend.send(frame)

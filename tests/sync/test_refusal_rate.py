@@ -110,20 +110,29 @@ def forged(state: bytes, seed: int) -> bytes:
     return device.forge()
 
 
-async def test_whoever_is_refused_all_the_time_waits_and_the_others_do_not() -> None:
-    place, timers, owner, device = await a_room()
+async def a_debtor(place: Place) -> tuple[Member, asyncio.Future[None]]:
+    """Will, who was refused as often as is free, and his next forgery."""
     will = await place.join("will")
     state = will.membership.state
     for seed in range(REFUSALS_FREE):
         with pytest.raises(Refused):
             await will.membership.submit(forged(state, seed))
-    late = asyncio.ensure_future(will.membership.submit(forged(state, 99)))
+    return will, asyncio.ensure_future(will.membership.submit(forged(state, 99)))
+
+
+def honest_words(state: bytes) -> bytes:
+    device = Device(Random(100), "will")
+    device.merge(state)
+    return device.say("hello")
+
+
+async def test_whoever_is_refused_all_the_time_waits_and_the_others_do_not() -> None:
+    place, timers, owner, device = await a_room()
+    will, late = await a_debtor(place)
     await turns(50)
     assert not late.done()
     # Nor is what it sends meanwhile looked at, honest or not.
-    honest = Device(Random(100), "will")
-    honest.merge(state)
-    behind = asyncio.ensure_future(will.membership.submit(honest.say("hello")))
+    behind = asyncio.ensure_future(will.membership.submit(honest_words(will.membership.state)))
     await owner.membership.submit(device.say("everybody else goes on"))
     await turns(50)
     assert not late.done()
@@ -137,17 +146,10 @@ async def test_whoever_is_refused_all_the_time_waits_and_the_others_do_not() -> 
 
 async def test_another_connection_of_a_debtor_waits_too() -> None:
     place, timers, _, _ = await a_room()
-    will = await place.join("will")
-    state = will.membership.state
-    for seed in range(REFUSALS_FREE):
-        with pytest.raises(Refused):
-            await will.membership.submit(forged(state, seed))
-    late = asyncio.ensure_future(will.membership.submit(forged(state, 99)))
+    _, late = await a_debtor(place)
     await turns()
     again = await place.join("will")
-    honest = Device(Random(100), "will")
-    honest.merge(again.membership.state)
-    behind = asyncio.ensure_future(again.membership.submit(honest.say("hello")))
+    behind = asyncio.ensure_future(again.membership.submit(honest_words(again.membership.state)))
     await turns(50)
     assert not behind.done()
     timers.pass_by(3.1)
@@ -159,12 +161,7 @@ async def test_another_connection_of_a_debtor_waits_too() -> None:
 
 async def test_a_room_that_stops_keeps_nobody_waiting() -> None:
     place, _, _, _ = await a_room()
-    will = await place.join("will")
-    state = will.membership.state
-    for seed in range(REFUSALS_FREE):
-        with pytest.raises(Refused):
-            await will.membership.submit(forged(state, seed))
-    late = asyncio.ensure_future(will.membership.submit(forged(state, 99)))
+    _, late = await a_debtor(place)
     await turns()
     await place.hub.close()
     outcome = (await asyncio.gather(late, return_exceptions=True))[0]

@@ -36,7 +36,7 @@ from crdt_llm.sync.wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from websockets.asyncio.client import ClientConnection
 
@@ -460,21 +460,29 @@ async def test_tokens_are_never_logged(caplog: pytest.LogCaptureFixture) -> None
     )
 
 
-async def test_one_conversation_that_floods_does_not_stop_another() -> None:
-    """The other's whole exchange ends while the flood still runs."""
-    other = Birth("owner", b"another 16 bytes")
-    async with (
-        serving() as served,
-        served.open() as one,
-        served.open(conversation_id(other)) as two,
-        served.open(conversation_id(other)) as three,
-    ):
-        a = new_device(1, born=True)
-        await sync(one, a)
+@asynccontextmanager
+async def another_conversation(served: Served) -> AsyncIterator[Callable[[str], Awaitable[None]]]:
+    """Two devices in it, and how they talk: what the one says the other must hear."""
+    birth = Birth("owner", b"another 16 bytes")
+    name = conversation_id(birth)
+    async with served.open(name) as two, served.open(name) as three:
         b, c = new_device(2), new_device(3)
-        b.give_birth(other)
+        b.give_birth(birth)
         await sync(two, b)
         await sync(three, c)
+
+        async def talk(text: str) -> None:
+            await say(two, b, text)
+            await hear(three, c, text)
+
+        yield talk
+
+
+async def test_one_conversation_that_floods_does_not_stop_another() -> None:
+    """The other's whole exchange ends while the flood still runs."""
+    async with serving() as served, served.open() as one, another_conversation(served) as talk:
+        a = new_device(1, born=True)
+        await sync(one, a)
         a.disconnect()
         updates = [encode(SyncUpdate(a.say("x" * 100))) for _ in range(1500)]
 
@@ -484,8 +492,7 @@ async def test_one_conversation_that_floods_does_not_stop_another() -> None:
 
         flooding = asyncio.create_task(flood())
         for number in range(10):
-            await say(two, b, f"{number}")
-            await hear(three, c, f"{number}")
+            await talk(f"{number}")
         done = served.disk.conversations[CONVERSATION].lsn
         await flooding
         assert done < len(updates)
@@ -515,22 +522,11 @@ async def test_a_large_cheap_update_does_not_stop_another_conversation(
         return find_gap(structure, known)
 
     monkeypatch.setattr(room_module, "find_gap", search_long)
-    other = Birth("owner", b"another 16 bytes")
-    async with (
-        serving() as served,
-        served.open() as one,
-        served.open(conversation_id(other)) as two,
-        served.open(conversation_id(other)) as three,
-    ):
-        b, c = new_device(2), new_device(3)
-        b.give_birth(other)
-        await sync(two, b)
-        await sync(three, c)
+    async with serving() as served, served.open() as one, another_conversation(served) as talk:
         assert isinstance(await read(one), SyncStep1)
         await one.send(encode(SyncStep2(collected(2**16))))
         await searching.wait()
-        await say(two, b, "meanwhile")
-        await hear(three, c, "meanwhile")
+        await talk("meanwhile")
         go_on.set()
 
 
@@ -555,18 +551,8 @@ async def test_the_birth_of_another_conversation_is_refused() -> None:
 
 
 async def test_a_flood_of_presence_does_not_keep_others_from_being_served() -> None:
-    other = Birth("owner", b"another 16 bytes")
-    async with (
-        serving() as served,
-        served.open() as one,
-        served.open(conversation_id(other)) as two,
-        served.open(conversation_id(other)) as three,
-    ):
+    async with serving() as served, served.open() as one, another_conversation(served) as talk:
         await sync(one, new_device(1, born=True))
-        b, c = new_device(2), new_device(3)
-        b.give_birth(other)
-        await sync(two, b)
-        await sync(three, c)
         sent = 0
 
         async def flood() -> None:
@@ -583,8 +569,7 @@ async def test_a_flood_of_presence_does_not_keep_others_from_being_served() -> N
 
         tasks = [asyncio.create_task(flood()), asyncio.create_task(listen())]
         for number in range(10):
-            await say(two, b, f"{number}")
-            await hear(three, c, f"{number}")
+            await talk(f"{number}")
         for task in tasks:
             task.cancel()
         assert sent > 10

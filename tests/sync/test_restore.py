@@ -131,6 +131,19 @@ async def test_a_stock_client_brings_it_back_with_its_step2() -> None:
     assert world.replica().view() == Conversation(1, update=document).view()
 
 
+async def will_connects(world: World, his: Device) -> RemotePeer:
+    """Will's device answers what a relay asks first."""
+    peer = RemotePeer("will", lambda: None)
+    await world.place.hub.enter(CONVERSATION, peer)
+    frame = peer.take()
+    assert frame is not None
+    asked = decode(frame)
+    assert isinstance(asked, SyncStep1)
+    await peer.receive(encode(SyncStep2(his.replica.diff(asked.state_vector))))
+    await turns(50)
+    return peer
+
+
 async def test_a_reader_brings_it_back_too() -> None:
     world = await a_world()
     document = world.document()
@@ -474,14 +487,7 @@ async def test_anothers_pending_entry_waits_for_its_author() -> None:
     with pytest.raises(Refused):
         await node.admit(pending)
 
-    peer = RemotePeer("will", lambda: None)
-    await world.place.hub.enter(CONVERSATION, peer)
-    frame = peer.take()
-    assert frame is not None
-    asked = decode(frame)
-    assert isinstance(asked, SyncStep1)
-    await peer.receive(encode(SyncStep2(his.replica.diff(asked.state_vector))))
-    await turns(50)
+    peer = await will_connects(world, his)
     assert peer.close_code is None
     assert dict(world.place.rows[CONVERSATION].unconfirmed) == {}
     node = LeasedNode(await world.place.join("node", node=True), seed=4)
@@ -535,14 +541,7 @@ async def test_a_pending_entry_that_somebody_made_up_is_never_confirmed() -> Non
     forged = impostor.replica.view()[-1]
     world.lose_log()
     await restored(world, impostor.replica.diff())
-    peer = RemotePeer("will", lambda: None)
-    await world.place.hub.enter(CONVERSATION, peer)
-    frame = peer.take()
-    assert frame is not None
-    asked = decode(frame)
-    assert isinstance(asked, SyncStep1)
-    await peer.receive(encode(SyncStep2(his.replica.diff(asked.state_vector))))
-    await turns(50)
+    await will_connects(world, his)
     assert dict(world.place.rows[CONVERSATION].unconfirmed) == {forged: "will"}
 
 
@@ -560,14 +559,7 @@ class Asked:
 
     async def his_device_comes(self) -> None:
         """With a plain connection, which the relay asks for what it lacks."""
-        peer = RemotePeer("will", lambda: None)
-        await self.world.place.hub.enter(CONVERSATION, peer)
-        frame = peer.take()
-        assert frame is not None
-        asked = decode(frame)
-        assert isinstance(asked, SyncStep1)
-        await peer.receive(encode(SyncStep2(self.his.replica.diff(asked.state_vector))))
-        await turns(50)
+        peer = await will_connects(self.world, self.his)
         peer.leave()
 
     @property
