@@ -1,11 +1,14 @@
-"""One engine for many nodes: starting one takes seconds."""
+"""Nodes in a room, and one engine for many of them: starting one takes seconds."""
 
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from local_room import make_node
+
+from crdt_llm.inference.process import EngineProcess
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -14,7 +17,6 @@ if TYPE_CHECKING:
     from local_room import LocalRoom
 
     from crdt_llm.inference.node import Node
-    from crdt_llm.inference.process import EngineProcess
 
 
 class Lent:
@@ -28,16 +30,30 @@ class Lent:
         """It was only lent."""
 
 
-@asynccontextmanager
-async def running(room: LocalRoom, model_dir: Path, engine: EngineProcess) -> AsyncIterator[Node]:
-    """A node that sits in a room, with an engine that goes on after it."""
+async def start_node(
+    room: LocalRoom, model_dir: Path, engine: EngineProcess | None = None, **surroundings: Any
+) -> Node:
+    """A node that sits in a room, with other surroundings where they are given.
 
-    async def start() -> Lent:
-        return Lent(engine)
+    An engine that is lent goes on after it; else it has one of its own.
+    """
+
+    async def start() -> EngineProcess | Lent:
+        return await EngineProcess.start(model_dir, threads=1) if engine is None else Lent(engine)
 
     node = make_node(room, model_dir, start)
+    node.surroundings = replace(node.surroundings, **surroundings)
     await node.start()
     node.notice(room.id)
+    return node
+
+
+@asynccontextmanager
+async def running(
+    room: LocalRoom, model_dir: Path, engine: EngineProcess | None = None
+) -> AsyncIterator[Node]:
+    """A node of :func:`start_node`, closed at the end."""
+    node = await start_node(room, model_dir, engine)
     try:
         yield node
     finally:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
-from local_room import LocalRoom, LocalSeat, make_node
+from lent_engine import start_node
+from local_room import LocalRoom, LocalSeat
 
 from crdt_llm.document.schema import State
 from crdt_llm.errors import Refused
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from crdt_llm.inference.node import Node
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -74,24 +74,6 @@ class StrictSeat(LocalSeat):
         self.room.left.set()
 
 
-async def running(
-    room: LocalRoom, model_dir: Path, engine: EngineProcess, *, gives_back: bool = False
-) -> Node:
-    async def lend() -> EngineProcess:
-        return engine
-
-    node = make_node(room, model_dir, lend)
-    node.surroundings = replace(node.surroundings, gives_back=gives_back)
-    await node.start()
-    node.notice(room.id)
-    return node
-
-
-async def end(node: Node) -> None:
-    node.engine = None  # it was only lent
-    await node.close()
-
-
 async def test_it_waits_for_its_author_and_costs_one_seat(
     tiny_model_dir: Path, engine: EngineProcess
 ) -> None:
@@ -100,7 +82,7 @@ async def test_it_waits_for_its_author_and_costs_one_seat(
     theirs = room.write("brought back", after=first)
     slot = room.write(None, after=theirs)
     room.unconfirmed.add(theirs)
-    node = await running(room, tiny_model_dir, engine)
+    node = await start_node(room, tiny_model_dir, engine)
     await room.empty(3)  # the one for the first reply, one that was lost, and one for a last look
     assert (room.refusals, room.seats_taken) == (1, 3)
 
@@ -116,14 +98,14 @@ async def test_it_waits_for_its_author_and_costs_one_seat(
     node.notice(room.id)  # nothing is new in the document
     assert (await room.ended(slot)).state is State.DONE
     assert (room.refusals, room.seats_taken) == (3, 7)
-    await end(node)
+    await node.close()
 
 
 async def _answered(room: LocalRoom, model_dir: Path, engine: EngineProcess) -> str:
-    node = await running(room, model_dir, engine)
+    node = await start_node(room, model_dir, engine)
     slot = room.ask("hello", **SHORT)
     await room.ended(slot)
-    await end(node)
+    await node.close()
     return slot
 
 
@@ -132,14 +114,14 @@ async def test_a_seat_where_nothing_is_to_do_is_given_back(
 ) -> None:
     """A node that is told of every change has no seat for nothing, and is soon there again."""
     room = StrictRoom(4)
-    node = await running(room, tiny_model_dir, engine, gives_back=True)
+    node = await start_node(room, tiny_model_dir, engine, gives_back=True)
     await room.empty(1)
     slot = room.ask("hello", **SHORT)
     assert room.replica.state(slot) is None
     node.notice(room.id)
     assert (await room.ended(slot)).state is State.DONE
     assert (len(room.seats), room.seats_taken) == (1, 2)  # with the lease it stays
-    await end(node)
+    await node.close()
 
 
 async def test_a_reply_that_runs_is_not_interrupted_for_another_try() -> None:

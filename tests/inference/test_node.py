@@ -6,13 +6,12 @@ import asyncio
 import os
 import signal
 import threading
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
-from lent_engine import Lent
+from lent_engine import Lent, running
 from local_room import LocalRoom, make_node
 
 from crdt_llm.document.chain import verify_path
@@ -59,24 +58,6 @@ async def forget_all(engine: EngineProcess, model_dir: Path) -> None:
         role="user", content="", is_root=True, root_at_ms=0, parent=ParentTail()
     )
     await engine.forget(beginning[:1])
-
-
-@asynccontextmanager
-async def running(
-    room: LocalRoom, model_dir: Path, engine: EngineProcess | None = None
-) -> AsyncIterator[Node]:
-    """A node in a room; with an engine of its own, or with one that is lent."""
-
-    async def start() -> EngineProcess | Lent:
-        return await EngineProcess.start(model_dir, threads=1) if engine is None else Lent(engine)
-
-    node = make_node(room, model_dir, start)
-    await node.start()
-    node.notice(room.id)
-    try:
-        yield node
-    finally:
-        await node.close()
 
 
 def hidden_of(room: LocalRoom, node: Node, entry: Entry) -> Hidden:

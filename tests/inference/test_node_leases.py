@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
-from local_room import LocalRoom, make_node
+from lent_engine import start_node
+from local_room import LocalRoom
 
 from crdt_llm.document.chain import verify_path
 from crdt_llm.document.schema import State
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from local_room import LocalSeat
 
-    from crdt_llm.inference.node import Node
     from crdt_llm.inference.seat import Lease
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -86,33 +85,17 @@ class LeasedSeat:
         await self._seat.submit(update)
 
 
-async def running(room: LocalRoom, desk: Desk, model_dir: Path, engine: EngineProcess) -> Node:
-    async def lend() -> EngineProcess:
-        return engine
-
-    node = make_node(room, model_dir, lend)
-    node.surroundings = replace(node.surroundings, take_seat=desk.take_seat)
-    await node.start()
-    node.notice(room.id)
-    return node
-
-
-async def end(node: Node) -> None:
-    node.engine = None  # it was only lent
-    await node.close()
-
-
 async def test_no_lease_is_asked_for_where_nothing_is_to_do(
     tiny_model_dir: Path, engine: EngineProcess
 ) -> None:
     room = LocalRoom()
     desk = Desk(room)
-    node = await running(room, desk, tiny_model_dir, engine)
+    node = await start_node(room, tiny_model_dir, engine, take_seat=desk.take_seat)
     await node.visit(room.id)
     assert not desk.asked.is_set()
     await room.ended(room.ask("hello", **SHORT))
     assert desk.asked.is_set()
-    await end(node)
+    await node.close()
 
 
 async def test_nothing_is_written_before_the_lease_comes(
@@ -123,13 +106,13 @@ async def test_nothing_is_written_before_the_lease_comes(
     desk.free.clear()
     slot = room.ask("hello", **SHORT)
     written = len(room.updates)
-    node = await running(room, desk, tiny_model_dir, engine)
+    node = await start_node(room, tiny_model_dir, engine, take_seat=desk.take_seat)
     await node.visit(room.id)
     await desk.asked.wait()
     assert len(room.updates) == written
     desk.free.set()
     assert (await room.ended(slot)).state is State.DONE
-    await end(node)
+    await node.close()
 
 
 async def test_a_wish_is_withdrawn_when_another_node_did_the_work(
@@ -139,13 +122,13 @@ async def test_a_wish_is_withdrawn_when_another_node_did_the_work(
     waiting, working = Desk(room), Desk(room)
     waiting.free.clear()
     slot = room.ask("hello", **SHORT)
-    idle = await running(room, waiting, tiny_model_dir, engine)
+    idle = await start_node(room, tiny_model_dir, engine, take_seat=waiting.take_seat)
     await waiting.asked.wait()
-    busy = await running(room, working, tiny_model_dir, engine)
+    busy = await start_node(room, tiny_model_dir, engine, take_seat=working.take_seat)
     await room.ended(slot)
     await waiting.withdrawn.wait()
-    await end(busy)
-    await end(idle)
+    await busy.close()
+    await idle.close()
 
 
 async def test_a_lease_that_ends_in_mid_reply_costs_nothing_but_time(
@@ -154,11 +137,11 @@ async def test_a_lease_that_ends_in_mid_reply_costs_nothing_but_time(
     """However often: it is not the reply's fault, and the chain holds over all epochs."""
     room, whole = LocalRoom(), LocalRoom()
     desk = Desk(whole)
-    node = await running(whole, desk, tiny_model_dir, engine)
+    node = await start_node(whole, tiny_model_dir, engine, take_seat=desk.take_seat)
     expected = (await whole.ended(whole.ask("a story", **LONG))).content
-    await end(node)
+    await node.close()
     desk = Desk(room)
-    node = await running(room, desk, tiny_model_dir, engine)
+    node = await start_node(room, tiny_model_dir, engine, take_seat=desk.take_seat)
     slot = room.ask("a story", **LONG)
     written = 0
 
@@ -178,4 +161,4 @@ async def test_a_lease_that_ends_in_mid_reply_costs_nothing_but_time(
     assert room.replica.epochs() == (1, 2, 3, 4, 5, 6)
     problems = [one.problem for one in verify_path(room.replica, room.replica.view())]
     assert problems == [None, None]
-    await end(node)
+    await node.close()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from local_room import LocalRoom, LocalSeat, make_node
 
 from crdt_llm.inference import node as nodes
@@ -25,8 +26,6 @@ from crdt_llm.inference.process import EngineProcess
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
     from pathlib import Path
-
-    import pytest
 
     from crdt_llm.inference.engine import GenerationEvent, SamplingParams
 
@@ -144,12 +143,17 @@ class SeenRoom(LocalRoom):
         return seen
 
 
+@pytest.fixture
+def shown_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node shows all that it does, with no pace."""
+    for name in ("SHOW_INTERVAL_S", "COUNT_INTERVAL_S", "SETTLE_S"):
+        monkeypatch.setattr(presence, name, 0.0)
+
+
+@pytest.mark.usefixtures("shown_at_once")
 async def test_people_see_what_the_node_is_doing_and_how_much_it_has_read(
-    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: Path,
 ) -> None:
-    monkeypatch.setattr(presence, "SHOW_INTERVAL_S", 0.0)
-    monkeypatch.setattr(presence, "COUNT_INTERVAL_S", 0.0)
-    monkeypatch.setattr(presence, "SETTLE_S", 0.0)
     room = SeenRoom(1)
     node = make_node(room, tiny_model_dir, lambda: EngineProcess.start(tiny_model_dir, threads=1))
     await node.start()
@@ -212,12 +216,8 @@ def seen(room: LocalRoom) -> tuple[str, int] | None:
     return (shown[-1]["doing"], shown[-1]["queue"]) if shown else None
 
 
-async def test_a_reply_that_waits_for_the_engine_shows_its_place(
-    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(presence, "SHOW_INTERVAL_S", 0.0)
-    monkeypatch.setattr(presence, "COUNT_INTERVAL_S", 0.0)
-    monkeypatch.setattr(presence, "SETTLE_S", 0.0)
+@pytest.mark.usefixtures("shown_at_once")
+async def test_a_reply_that_waits_for_the_engine_shows_its_place(tiny_model_dir: Path) -> None:
     told = (Queued(2), Queued(0), Prefilled(1, 0, 1), Sampled(5, -0.5), Queued(1), Sampled(6, -0.5))
     engine, room = CrowdedEngine(*told, Finished("length")), SeenRoom(1)
 
@@ -245,12 +245,10 @@ async def test_a_reply_that_waits_for_the_engine_shows_its_place(
         await node.close()
 
 
+@pytest.mark.usefixtures("shown_at_once")
 async def test_a_reply_that_the_node_has_no_room_for_shows_its_place(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(presence, "SHOW_INTERVAL_S", 0.0)
-    monkeypatch.setattr(presence, "COUNT_INTERVAL_S", 0.0)
-    monkeypatch.setattr(presence, "SETTLE_S", 0.0)
     monkeypatch.setattr(nodes, "REPLIES_MAX", 0)
     engine, room = CrowdedEngine(Prefilled(1, 0, 1), Finished("length")), SeenRoom(1)
 
