@@ -24,6 +24,7 @@ from crdt_llm.inference.tokens import Vocabulary
 from crdt_llm.store.register import SqliteRegister
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.sync.access import Pass, TokenAccess, load_or_create_token
+from crdt_llm.sync.client import Client
 from crdt_llm.sync.hub import Hub
 from crdt_llm.sync.leases import LeaseOffice
 from crdt_llm.sync.native_peer import RelayIdentity
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
     from pathlib import Path
 
+    from crdt_llm.cli.connection import Door
     from crdt_llm.inference.engine import Engine, GenerationEvent, SamplingParams
     from crdt_llm.inference.node import Node
 
@@ -125,6 +127,16 @@ class Server:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/"
+
+    def device(self, name: str, door: Door) -> Client:
+        """A device of this machine, which reaches the server by a door."""
+        return Client(
+            self.url,
+            data=self.folder.device(name),
+            device=name,
+            token=door.token,
+            dial=door.dial,
+        )
 
     async def start(self) -> None:
         self._stack = AsyncExitStack()

@@ -24,7 +24,6 @@ from crdt_llm.errors import (
     TooLarge,
     Unavailable,
 )
-from crdt_llm.sync.client import Client
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -66,13 +65,7 @@ class Device:
 
     def __init__(self, server: Server, name: str = "terminal", url: str | None = None) -> None:
         self.door: Door = door_to(url or server.url, server.folder.token)
-        self.client = Client(
-            server.url,
-            data=server.folder.device(name),
-            device=name,
-            token=self.door.token,
-            dial=self.door.dial,
-        )
+        self.client = server.device(name, self.door)
         self.out, self.notes = Paper(), Paper()
 
     async def __aenter__(self) -> Self:
@@ -280,21 +273,25 @@ async def test_what_is_no_id_is_wrong_usage(server: Server) -> None:
             await device.open(Wish(conversation="no id"))
 
 
+async def from_a_terminal(server: Server, text: str) -> int:
+    """What the command does with a message, beside whatever is open; its exit code."""
+    return await chat._chat(
+        Wish(),
+        text,
+        folder=server.folder,
+        device="terminal",
+        url=server.url,
+        token_file=None,
+    )
+
+
 async def test_a_second_terminal_is_a_device_of_its_own_in_the_same_conversation(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with Device(server, name="terminal") as device:
         conversation = await device.open()
         await (await conversation.ask("From the first terminal.")).entry()
-        code = await chat._chat(
-            Wish(),
-            "From the second.",
-            folder=server.folder,
-            device="terminal",
-            url=server.url,
-            token_file=None,
-        )
-        assert code == 0
+        assert await from_a_terminal(server, "From the second.") == 0
         assert capsys.readouterr().out
         texts = [entry.content for entry in conversation.view()]
         assert "From the second." in texts
@@ -306,14 +303,7 @@ async def test_there_is_an_end_to_terminals(
     monkeypatch.setattr(chat, "DEVICES_MAX", 1)
     async with Device(server, name="terminal"):
         with pytest.raises(DataFolderBusy, match="--device"):
-            await chat._chat(
-                Wish(),
-                "Hi",
-                folder=server.folder,
-                device="terminal",
-                url=server.url,
-                token_file=None,
-            )
+            await from_a_terminal(server, "Hi")
 
 
 # -- as a process ----------------------------------------------------------------------------------

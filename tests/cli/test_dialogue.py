@@ -68,13 +68,7 @@ class Sitting:
         self.screen = Screen()
         self._stack = contextlib.AsyncExitStack()
         self.door = door_to(url or server.url, server.folder.token)
-        self.client = Client(
-            server.url,
-            data=server.folder.device(name),
-            device=name,
-            token=self.door.token,
-            dial=self.door.dial,
-        )
+        self.client = server.device(name, self.door)
 
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self.client)

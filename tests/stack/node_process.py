@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import signal
 import sys
 from base64 import urlsafe_b64encode
 from typing import TYPE_CHECKING, Protocol, Self
 
-from stack.served_process import READY_S_MAX
+from stack.command_process import CommandProcess
 
 from crdt_llm.document.keys import SigningKey
 
@@ -49,7 +48,7 @@ def keep_secret(file: Path, secret: bytes) -> Path:
     return file
 
 
-class NodeProcess:
+class NodeProcess(CommandProcess):
     """A node that may die, and comes back on the same folder.
 
     Args:
@@ -68,13 +67,12 @@ class NodeProcess:
         model_dir: Path,
         words: tuple[str, ...] = (),
     ) -> None:
+        super().__init__(folder / "node.log")
         self.folder = folder
         self._words = words
         self._server = server
         self._token = token
         self._model_dir = model_dir
-        self._messages = folder / "node.log"
-        self._process: asyncio.subprocess.Process | None = None
         folder.mkdir(parents=True, mode=0o700)
         # The one thing that an operator must bring to every node.
         shutil.copy2(server.folder.key("master"), folder / "master.key")
@@ -90,50 +88,11 @@ class NodeProcess:
     def public(self) -> bytes:
         return SigningKey((self.folder / "node.key").read_bytes()).public
 
-    @property
-    def messages(self) -> str:
-        return self._messages.read_text(encoding="utf-8")
-
-    @property
-    def process_id(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
     async def start(self) -> None:
         words = ["node", "--url", self._server.url, "--token-file", str(self._token)]
         words += ["--data", str(self.folder), "--model", str(self._model_dir), *self._words]
-        with self._messages.open("ab") as messages:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "crdt_llm",
-                *words,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=messages,
-                # In torch's operations, lest a tiny model's reply is over before it is cut.
-                env=os.environ | {"OMP_NUM_THREADS": "1", "CXX": "no-compiler"},
-            )
-        assert self._process.stdout is not None
-        async with asyncio.timeout(READY_S_MAX):
-            line = (await self._process.stdout.readline()).decode()
+        # In torch's operations, lest a tiny model's reply is over before it is cut.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CXX": "no-compiler"}
+        line = await self.run(words, environment)
         shown = urlsafe_b64encode(self.public).rstrip(b"=").decode() if line else ""
         assert line == f"ready {shown}\n", self.messages
-
-    async def rest_of_output(self) -> bytes:
-        """What it said on standard output behind the first line, once it has ended."""
-        assert self._process is not None
-        assert self._process.stdout is not None
-        return await self._process.stdout.read()
-
-    async def kill(self) -> None:
-        """SIGKILL; returns when it is gone."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGKILL)
-        assert await self._process.wait() == -signal.SIGKILL, "it had ended before"
-
-    async def stop(self) -> None:
-        """End it as an operator does."""
-        assert self._process is not None
-        if self._process.returncode is None:
-            self._process.terminate()
-            assert await self._process.wait() == 0, self.messages

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import signal
-import sys
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Self
+
+from stack.command_process import CommandProcess
 
 from crdt_llm.cli.folders import DataFolder, read_token
 from crdt_llm.cli.stored import load_stored
@@ -19,11 +18,8 @@ if TYPE_CHECKING:
     from crdt_llm.document.conversation import Conversation
     from crdt_llm.document.schema import Entry
 
-READY_S_MAX: Final = 120.0
-"""A process that is not ready by then hangs; usually it takes a few seconds."""
 
-
-class ServedProcess:
+class ServedProcess(CommandProcess):
     """A server that may die, and comes back on the same folder and port.
 
     Args:
@@ -44,15 +40,14 @@ class ServedProcess:
         lease_ttl_s: float | None = None,
         native: bool = True,
     ) -> None:
+        super().__init__(folder / "serve.log")
         self.folder = DataFolder(folder / "data")
         self.url = ""
-        self._messages = folder / "serve.log"
         self._model_dir = model_dir
         self._node = node
         self._lease_ttl_s = lease_ttl_s
         self._environment = os.environ | ({} if native else {"CXX": "no-compiler"})
         self._port = 0
-        self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -70,35 +65,10 @@ class ServedProcess:
         words += ["--model", str(self._model_dir)] if self._node else ["--no-node"]
         if self._lease_ttl_s is not None:
             words += ["--lease-ttl", str(self._lease_ttl_s)]
-        with self._messages.open("ab") as messages:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "crdt_llm",
-                *words,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=messages,
-                env=self._environment,
-            )
-        assert self._process.stdout is not None
-        async with asyncio.timeout(READY_S_MAX):
-            line = (await self._process.stdout.readline()).decode()
-        assert line.startswith("ready "), self._messages.read_text(encoding="utf-8")
+        line = await self.run(words, self._environment)
+        assert line.startswith("ready "), self.messages
         self.url = line.split()[1]
         self._port = int(self.url.rstrip("/").rsplit(":", 1)[1])
-
-    async def kill(self) -> None:
-        """SIGKILL; returns when it is gone."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGKILL)
-        assert await self._process.wait() == -signal.SIGKILL, "it had ended before"
-
-    async def stop(self) -> None:
-        """End it as an operator does; a clean end is part of the contract."""
-        assert self._process is not None
-        if self._process.returncode is None:
-            self._process.terminate()
-            assert await self._process.wait() == 0, self._messages.read_text(encoding="utf-8")
 
     # -- what it leaves ------------------------------------------------------------------------
 

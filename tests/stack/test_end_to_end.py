@@ -164,16 +164,16 @@ def is_settled(document: Conversation, said_meanwhile: int) -> bool:
     return not document.tree.pending and texts.count("is anybody there?") == said_meanwhile
 
 
+def exactly(tokens: int, temperature: float) -> Sampling:
+    """The same reply each time, and no shorter."""
+    return {"max_tokens": tokens, "temperature": temperature, "seed": 7, "ignore_eos": True}
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 async def test_many_kills_within_one_reply_change_no_token(
     tiny_server: ServedProcess, tmp_path: Path, temperature: float
 ) -> None:
-    sampling: Sampling = {
-        "max_tokens": TINY_TOKENS,
-        "temperature": temperature,
-        "seed": 7,
-        "ignore_eos": True,
-    }
+    sampling = exactly(TINY_TOKENS, temperature)
     seed = int(temperature * 10)
     await check_kills_change_no_token(tiny_server, tmp_path, sampling, kills=KILLS, seed=seed)
 
@@ -183,12 +183,7 @@ async def test_many_kills_within_one_reply_change_no_token(
 async def test_a_kill_changes_no_word_of_the_real_model(
     real_server: ServedProcess, tmp_path: Path, temperature: float
 ) -> None:
-    sampling: Sampling = {
-        "max_tokens": REAL_TOKENS,
-        "temperature": temperature,
-        "seed": 7,
-        "ignore_eos": True,
-    }
+    sampling = exactly(REAL_TOKENS, temperature)
     seed = int(temperature * 10)
     await check_kills_change_no_token(real_server, tmp_path, sampling, kills=1, seed=seed)
 
