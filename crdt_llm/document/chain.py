@@ -110,7 +110,11 @@ class Link:
 
 def prove(link: Link, *, parent: bytes, conversation: str, epoch: int, key: SigningKey) -> Proof:
     """Sign one entry's link of the chain."""
-    digest = link.digest(parent)
+    return sign(link, link.digest(parent), conversation=conversation, epoch=epoch, key=key)
+
+
+def sign(link: Link, digest: bytes, *, conversation: str, epoch: int, key: SigningKey) -> Proof:
+    """The same, of a link whose digest is known already."""
     signature = key.sign(_proof_message(conversation, epoch, digest))
     return Proof(link.content, link.tokens, link.calls, digest, signature)
 

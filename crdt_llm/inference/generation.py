@@ -90,6 +90,16 @@ class Generation:
         self._clock_ms = clock_ms
         self._durable: asyncio.Future[None] | None = None
         self._window: asyncio.TimerHandle | None = None
+        self._held: asyncio.Event | None = None
+
+    def hold(self) -> None:
+        """Write nothing before :meth:`let_go`: the engine may begin, the slot has no place yet."""
+        self._held = asyncio.Event()
+
+    def let_go(self) -> None:
+        """The slot has its place."""
+        if self._held is not None:
+            self._held.set()
 
     @property
     def fed(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -120,6 +130,8 @@ class Generation:
 
     async def _follow(self, events: AsyncGenerator[GenerationEvent, None]) -> Outcome:
         async for event in events:
+            if self._held is not None:
+                await self._held.wait()
             self._note_place(event)
             match event:
                 case Prefilled(prompt, reused, _):

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
-from crdt_llm.document.chain import Link, commit_content, parent_digest, prove
+from crdt_llm.document.chain import Link, commit_content, parent_digest, prove, sign
 from crdt_llm.document.schema import SALT_BYTES, Born, Place, Role, State, Usage, entry_id
 from crdt_llm.document.seal import Where, place_of
 from crdt_llm.errors import (
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from crdt_llm.document.conversation import Writer
-    from crdt_llm.document.schema import Entry, Proof
+    from crdt_llm.document.schema import Entry
     from crdt_llm.inference.engine import Engine
     from crdt_llm.inference.evaluate import (
         Action,
@@ -73,6 +73,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("crdt_llm.inference")
 
 TROUBLES_MAX: Final = 3  # a reply that kills its engine, or is refused, this often has failed
+SEAL_KEPT_S: Final = 60.0
+"""How long behind a reply the second replica is kept that hidden fields are written in. It costs
+what the document has grown to, in memory while it is there and in time when it is made; who goes on
+with a conversation mostly does so within a minute."""
+
 BUSY_S: Final = 0.2  # before a reply asks an engine again that had no room
 
 _DIED: Final = "the engine died several times on this reply; ask again, or use another model"
@@ -160,6 +165,7 @@ class Sitting:
         self._asking: asyncio.Task[None] | None = None  # for the lease
         self._presence = Presence(work.seat, work.conversation.client_id, self._look)
         work.conversation.subscribe(lambda _: self._presence.changed())
+        self._releasing: asyncio.TimerHandle | None = None  # what hidden fields are written in
         self._running: dict[str, Generation] = {}
         self._outcomes: dict[str, Outcome | None] = {}  # None: to be resumed
 
@@ -216,6 +222,7 @@ class Sitting:
         for task in tasks:
             task.cancel()
         self._presence.close()
+        self._keep_seal()
         self._shared.stand_in_line(self._id, waits=False)
         tidying = (self._ahead.stop(), self._overflow.stop())
         await asyncio.gather(*tasks, *tidying, return_exceptions=True)
@@ -391,8 +398,18 @@ class Sitting:
 
         self._ahead.admitted(action.parent, action.entries)
         generation.reply.asked_at_ms = self.work.seen_at_ms(slot)
+        decided_at = self.work.revision
+        # The engine need not wait for signatures, nor for the disk.
+        generation.hold()
+        await self._start(generation)
+        await asyncio.sleep(
+            0
+        )  # behind the task's first step, with which the engine has its command
+        if self.work.revision != decided_at:
+            await self._abandon(slot)  # somebody wrote meanwhile: decide anew
+            return
         durable = self.work.write(write)
-        await self._start(generation)  # the engine need not wait for the disk
+        generation.let_go()
         await durable
 
     async def _write_summary(self, slot: str, summary: Summary) -> None:
@@ -442,18 +459,19 @@ class Sitting:
         conversation, identity = self.work.conversation, self._shared.identity
         epoch = self.work.epoch
         digest = parent_digest(conversation, action.parent)
-        placed: list[tuple[str, Place, bytes, Proof]] = []
+        placed: list[tuple[str, Place, bytes, Link, bytes]] = []
         parent = action.parent
         for name in action.entries:
             salt = identity.random(SALT_BYTES)
             content = commit_content(salt, conversation.text(name))
             link = Link(name, conversation.born_plain(name), content)
-            proof = prove(link, parent=digest, conversation=self._id, epoch=epoch, key=identity.key)
-            placed.append((name, Place(parent, epoch), salt, proof))
-            digest, parent = proof.digest, name
+            digest = link.digest(digest)
+            placed.append((name, Place(parent, epoch), salt, link, digest))
+            parent = name
 
         def write(writer: Writer) -> None:
-            for name, place, salt, proof in placed:
+            for name, place, salt, link, at in placed:
+                proof = sign(link, at, conversation=self._id, epoch=epoch, key=identity.key)
                 writer.place(name, place)
                 writer.proof(name, salt, proof)
 
@@ -518,6 +536,15 @@ class Sitting:
         generation.task = asyncio.create_task(self._run(generation), name=f"reply {slot}")
         # Behind the task's first step, with which the engine has its command: while it computes.
         asyncio.get_running_loop().call_soon(self.work.conversation.hold_seal)
+
+    async def _abandon(self, slot: str) -> None:
+        """Take a reply back that was begun and has no place: nobody has seen anything of it."""
+        generation = self._running.pop(slot)
+        self._shared.occupy(-1)
+        if generation.task is not None:
+            generation.task.cancel()
+            await asyncio.gather(generation.task, return_exceptions=True)
+        self._outcomes.pop(slot, None)
 
     async def _run(self, generation: Generation) -> None:
         """Run a reply; what became of it is looked at by :meth:`act`."""
@@ -655,9 +682,23 @@ class Sitting:
         # What an engine dies of is not read ahead: whoever asks again takes that upon them.
         if self._troubles.pop(reply.slot, None) is None:
             self._ahead.plan(reply.slot)
-        if not self.work.has_open:
-            conversation.release_seal()
+        self._release_seal_later()
         await durable
+
+    def _release_seal_later(self) -> None:
+        self._keep_seal()
+        loop = asyncio.get_running_loop()
+        self._releasing = loop.call_later(SEAL_KEPT_S, self._release_seal)
+
+    def _release_seal(self) -> None:
+        self._releasing = None
+        if not self.work.has_open:
+            self.work.conversation.release_seal()
+
+    def _keep_seal(self) -> None:
+        if self._releasing is not None:
+            self._releasing.cancel()
+            self._releasing = None
 
     async def _give_up(self, slot: str, code: str, message: str) -> None:
         """End a placed reply of which nothing but its text can be read."""

@@ -79,6 +79,7 @@ class Workplace:
         self.computed = computed
         self._on_its_way: asyncio.Future[None] | None = None
         self.was_of_use = False  # whether anything became durable from here
+        self.revision = 0  # another one after each change of the replica
         self._clock_ms = clock_ms
         self._marks = _Marks()
         self._redactions = _Redactions()
@@ -141,6 +142,7 @@ class Workplace:
 
     def _note(self, change: Change) -> None:
         """Keep the marks current: costs what the change touched."""
+        self.revision += 1
         conversation, marks = self.conversation, self._marks
         self._note_redactions(change)
         for name in change.structure:

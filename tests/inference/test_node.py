@@ -6,8 +6,10 @@ import asyncio
 import os
 import signal
 import threading
+from collections.abc import Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
@@ -15,21 +17,23 @@ from lent_engine import Lent, running
 from local_room import LocalRoom, make_node
 
 from crdt_llm.document.chain import verify_path
+from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.schema import SCHEMA_VERSION, Born, Params, Role, State, entry_id
 from crdt_llm.errors import EngineDied, PromptTooLong
-from crdt_llm.inference import generation
-from crdt_llm.inference.engine import Capabilities
+from crdt_llm.inference import generation, sitting
+from crdt_llm.inference.engine import Capabilities, Finished, Prefilled, Sampled
 from crdt_llm.inference.process import EngineProcess
 from crdt_llm.inference.prompt import ParentTail, Renderer
 from crdt_llm.inference.tokens import Vocabulary
 from crdt_llm.inference.transcript import Transcript
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
     from pathlib import Path
 
     from crdt_llm.document.schema import Entry
     from crdt_llm.document.seal import Hidden
+    from crdt_llm.inference.engine import GenerationEvent
     from crdt_llm.inference.node import Node
 
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
@@ -91,6 +95,36 @@ async def test_a_slot_is_admitted_answered_and_proved(
         assert [v.problem for v in verify_path(room.replica, path)] == [None, None]
         assert len(reply.sealed) == 1
         assert_text_is_of_its_ids(room, node, reply)
+
+
+async def test_what_hidden_fields_are_written_in_is_kept_for_the_next_turn_and_no_longer(
+    tiny_model_dir: Path, engine: EngineProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    released = asyncio.Event()
+    make, release = Conversation._second, Conversation.release_seal
+
+    def second(self: Conversation) -> Any:
+        made.append("made")
+        return make(self)
+
+    def let_go(self: Conversation) -> None:
+        release(self)
+        released.set()
+
+    monkeypatch.setattr(Conversation, "_second", second)
+    monkeypatch.setattr(Conversation, "release_seal", let_go)
+    room = LocalRoom()
+    async with running(room, tiny_model_dir, engine):
+        for text in ("hello", "and then?", "go on"):
+            await room.ended(room.ask(text, **GREEDY))
+        assert made == ["made"]
+        monkeypatch.setattr(sitting, "SEAL_KEPT_S", 0.0)
+        await room.ended(room.ask("that is all", **GREEDY))
+        async with asyncio.timeout(10):
+            await released.wait()
+        await room.ended(room.ask("one thing more", **GREEDY))
+        assert made == ["made", "made"]
 
 
 async def test_an_appended_turn_prefills_nothing_again(
@@ -354,6 +388,82 @@ class NoEngine:
 
     async def close(self) -> None:
         """Nothing is open."""
+
+
+class HastyEngine:
+    """An engine that answers before it is asked to wait, and lets something happen first."""
+
+    def __init__(self, engine: EngineProcess, meanwhile: list[Callable[[], object]]) -> None:
+        self.warm, self.digest, self.forget = engine.warm, engine.digest, engine.forget
+        self.capabilities = engine.capabilities
+        self.meanwhile = meanwhile
+        self.asked = 0
+
+    async def generate(
+        self, ids: Sequence[int], _params: object, _start: int
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        self.asked += 1
+        if self.meanwhile:
+            self.meanwhile.pop()()
+        yield Prefilled(len(ids), 0, 0)
+        yield Sampled(40, -1.0)
+        yield Finished("length")
+
+    async def close(self) -> None:
+        """It was only lent."""
+
+
+@asynccontextmanager
+async def hasty(
+    room: LocalRoom,
+    model_dir: Path,
+    engine: EngineProcess,
+    meanwhile: list[Callable[[], object]],
+) -> AsyncIterator[tuple[Node, HastyEngine]]:
+    given = HastyEngine(engine, meanwhile)
+
+    async def start() -> HastyEngine:
+        return given
+
+    node = make_node(room, model_dir, start)
+    await node.start()
+    node.notice(room.id)
+    try:
+        yield node, given
+    finally:
+        await node.close()
+
+
+async def test_what_an_engine_makes_at_once_waits_for_the_place(
+    tiny_model_dir: Path, engine: EngineProcess
+) -> None:
+    room = LocalRoom()
+    async with hasty(room, tiny_model_dir, engine, []) as (node, given):
+        reply = await room.ended(room.ask("hello", **GREEDY))
+        assert reply.state is State.DONE
+        assert reply.usage is not None
+        assert (reply.usage.sampled, given.asked) == (1, 1)
+        assert_text_is_of_its_ids(room, node, reply)
+
+
+async def test_who_writes_while_the_engine_gets_its_command_is_heard(
+    tiny_model_dir: Path, engine: EngineProcess
+) -> None:
+    room, meanwhile = LocalRoom(), list[Callable[[], object]]()
+    async with hasty(room, tiny_model_dir, engine, meanwhile) as (node, given):
+        slot = room.ask("hello", **GREEDY)
+        meanwhile.append(lambda: room.set(slot, "stop", "owner"))
+        stopped = await room.ended(slot)
+        assert (stopped.state, stopped.place) == (State.STOPPED, None)  # it was never begun
+        assert (given.asked, node.running) == (1, 0)
+
+        slot = room.ask("hello again", **GREEDY)
+        meanwhile.append(lambda: room.write("and one thing more"))
+        reply = await room.ended(slot)
+        assert reply.state is State.DONE
+        assert (given.asked, node.running) == (3, 0)
+        path = room.replica.tree.path(slot)
+        assert [verdict.problem for verdict in verify_path(room.replica, path)] == [None] * 3
 
 
 async def test_a_slot_that_cannot_begin_still_supersedes_the_ones_before_it(
