@@ -549,7 +549,7 @@ def as_held(matrix: Tensor, weight_format: str) -> Tensor:
         return matrix.bfloat16().double()
     groups = [
         (group / scale).round().clamp(-127, 127).double() * scale.double()
-        for group in matrix.split(64, -1)
+        for group in torch.split(matrix, 64, -1)
         for scale in [(group.abs().amax(-1, keepdim=True) / 127).bfloat16().float()]
     ]
     return torch.cat(groups, -1)
