@@ -148,7 +148,6 @@ class SqliteLog:
         self._heads: dict[str, Head] = {}
         self._data_version = -1
         self._pages_since_checkpoint = 0
-        self._wal_bytes = 0  # as long as the WAL file is known to be
         # Touched by the reader thread only.
         self._reading: sqlite3.Connection | None = None
         # Written by the writer thread, read by anyone.
@@ -415,7 +414,6 @@ class SqliteLog:
             if batch:  # else close() was faster
                 self._commit(batch)
                 self._checkpoint_if_due()
-                self._lengthen_wal_if_due()
         except Exception:
             # Every outcome has been handed out; what is left is a bug or a test's fault.
             logger.exception("%s: after a commit", self._path)
@@ -622,24 +620,6 @@ class SqliteLog:
         except (sqlite3.Error, StoreFailed):
             # Nothing is lost, all of it is in the WAL.
             logger.warning("%s: the WAL could not be folded back", self._path, exc_info=True)
-
-    def _lengthen_wal_if_due(self) -> None:
-        """If the last commit had to make the WAL file longer, spare the next ones that."""
-        if self._connection is None or self._failure is not None:
-            return
-        wal_bytes = sqlite_file.wal_bytes(self._path)
-        if wal_bytes <= self._wal_bytes:
-            self._wal_bytes = wal_bytes
-            return
-        try:
-            sqlite_file.lengthen_wal(self._connection)
-        except sqlite3.Error:
-            # It is a matter of speed: the commits find out themselves what they cannot have.
-            logger.info("%s: its WAL grows with each commit", self._path, exc_info=True)
-            if self._connection.in_transaction:  # it could not even be taken back
-                connection, self._connection = self._connection, None
-                connection.close()
-        self._wal_bytes = sqlite_file.wal_bytes(self._path)
 
     def _checkpoint(self, mode: Literal["PASSIVE", "TRUNCATE"]) -> None:
         """Fold the WAL back into the file."""

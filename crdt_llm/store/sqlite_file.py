@@ -51,11 +51,6 @@ PAGE_BYTES: Final = 4096
 WAL_BYTES_KEPT: Final = 16 * 1024 * 1024
 """After a burst the WAL file is cut back to this. Reusing its blocks is faster than growing it."""
 
-WAL_BYTES_AHEAD: Final = 1024 * 1024
-"""The WAL file is made longer by so much at a time, between two commits: some hundred of them fit.
-A commit that makes a file longer waits for the file system's own journal too, which takes two to
-five times as long when other processes want the processor."""
-
 ROWS_PER_STATEMENT_MAX: Final = 64
 """Rows of one ``INSERT``. The interpreter's lock is let go once per statement, not once per row: a
 writer that asks for it back per row waits for a busy event loop as many times. 64 rows of seven
@@ -68,7 +63,6 @@ LSN_LEAP: Final = 2**32
 """How far the numbering leaps when a conversation is deleted whose end is unknown: by more updates
 than a conversation can lose. Two million such leaps fit below ``LSN_MAX``."""
 
-_PAGES_CACHED_MIN: Final = 10
 _CHECKSUM_BYTES: Final = 16
 _NUMBER: Final = struct.Struct(">q")
 
@@ -616,42 +610,6 @@ def _last_lsn(connection: sqlite3.Connection, path: Path, conversation: str) -> 
                 proven.append(lsn)
         return max(proven) + LSN_LEAP
     return None if head is None else head.lsn
-
-
-def wal_bytes(path: Path) -> int:
-    """Return the length of the WAL file beside ``path``; 0 without one."""
-    try:
-        return path.with_name(path.name + "-wal").stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def lengthen_wal(connection: sqlite3.Connection) -> None:
-    """Make the WAL file longer by :data:`WAL_BYTES_AHEAD`, and sync it.
-
-    A transaction that is larger than the page cache leaves its pages in the WAL; rolled back, they
-    lie behind its committed end, where the next commits are written over them.
-    """
-    (cache,) = connection.execute("PRAGMA cache_size").fetchone()
-    connection.execute(f"PRAGMA cache_size = {_PAGES_CACHED_MIN}")
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            connection.execute(
-                "INSERT INTO snapshots VALUES ('', 0, zeroblob(?), zeroblob(0))", (WAL_BYTES_AHEAD,)
-            )
-        finally:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            touch(connection)
-            connection.execute("COMMIT")
-        finally:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-    finally:
-        connection.execute(f"PRAGMA cache_size = {cache}")
 
 
 def touch(connection: sqlite3.Connection) -> None:

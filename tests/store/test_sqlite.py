@@ -703,7 +703,6 @@ async def test_a_commit_that_fails_itself_leaves_nothing_behind(
     connector = Connector()
     async with await SqliteLog.open(path, connect=connector) as log:
         assert await log.append(A, [b"one"]) == 1
-        await log.probe()  # behind the commit the writer makes room in the WAL
         others = len(connector.opened) - 1
         connector.writer.failing, connector.writer.failures_left = frozenset(failing), failures
         with pytest.raises(StoreFailed, match="disk I/O error"):
@@ -789,55 +788,6 @@ async def test_real_write_errors_fail_exactly_the_appends_they_hit(path: Path) -
     assert int(child.stdout) == 57
     async with await SqliteLog.open(path) as log:
         assert (await log.load("a")).lsn == 57
-
-
-def wal_bytes(path: Path) -> int:
-    return path.with_name("log.db-wal").stat().st_size
-
-
-async def test_commits_do_not_make_the_wal_longer_one_by_one(path: Path) -> None:
-    expected = []
-    async with await SqliteLog.open(path) as log:
-        lengths = set()
-        for number in range(1, 31):
-            assert await log.append(A, [b"%d" % number]) == number
-            await log.probe()  # what the writer does behind a commit is done
-            lengths.add(wal_bytes(path))
-            expected.append((number, b"%d" % number))
-        (length,) = lengths
-        assert length > 0.9 * sqlite_file.WAL_BYTES_AHEAD  # but for the pages of the cache
-        for number in range(31, 34):  # more than there is room for
-            await log.append(A, [bytes(sqlite_file.WAL_BYTES_AHEAD // 2)])
-            expected.append((number, bytes(sqlite_file.WAL_BYTES_AHEAD // 2)))
-        await log.probe()
-        assert wal_bytes(path) > length + sqlite_file.WAL_BYTES_AHEAD
-        image = path.parent / "image" / "log.db"
-        copy_as_a_crash_leaves_it(path, image)
-        assert await log.load(A) == Loaded(None, 0, tuple(expected))
-    async with await SqliteLog.open(image) as log:  # and what was only room is nothing there
-        assert await log.load(A) == Loaded(None, 0, tuple(expected))
-        assert [stored.conversation for stored in await log.conversations()] == [A]
-
-
-@pytest.mark.parametrize(
-    ("failing", "failures"),
-    [
-        ({"ROLLBACK"}, 1),  # what was begun cannot be taken back: a new connection
-        ({"PRAGMA cache_size"}, 1),
-    ],
-)
-async def test_a_wal_that_cannot_be_made_longer_holds_nobody_up(
-    path: Path, failing: set[str], failures: int
-) -> None:
-    connector = Connector()
-    async with await SqliteLog.open(path, connect=connector) as log:
-        connector.writer.failing, connector.writer.failures_left = frozenset(failing), failures
-        assert await log.append(A, [b"one"]) == 1
-        await log.probe()
-        assert connector.writer.failures_left == 0
-        assert await log.append(A, [b"two"]) == 2
-        assert log.status.healthy
-        assert await log.load(A) == Loaded(None, 0, ((1, b"one"), (2, b"two")))
 
 
 async def test_the_wal_is_folded_back_and_does_not_grow_for_ever(path: Path) -> None:
