@@ -21,7 +21,9 @@ import pytest
 from crdt_llm.errors import EngineDied, LocalMisuse, ModelUnusable, PromptTooLong
 from crdt_llm.inference import pipe, worker
 from crdt_llm.inference.engine import Finished, Prefilled, Sampled, SamplingParams
+from crdt_llm.inference.kv import TILE
 from crdt_llm.inference.process import EngineProcess
+from crdt_llm.inference.schedule import CHUNK_ROWS_MAX
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -127,7 +129,7 @@ async def test_cancelling_in_mid_prefill_keeps_what_was_computed(engine: EngineP
     warming = asyncio.create_task(engine.warm(LONG))
     # Others take turns with it, so that the prefill lasts however slowly this process is run.
     others = [asyncio.create_task(engine.warm([first, *LONG])) for first in range(200, 206)]
-    while (await engine.measure()).resident_tokens < 64:
+    while (await engine.measure()).resident_tokens < CHUNK_ROWS_MAX:
         pass
     warming.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -135,8 +137,8 @@ async def test_cancelling_in_mid_prefill_keeps_what_was_computed(engine: EngineP
     await asyncio.gather(*others)
     measured = await idle(engine)
     resident = measured.resident_tokens - 6 * (len(LONG) + 1)
-    assert 64 <= resident < len(LONG)
-    assert resident % 64 == 0
+    assert CHUNK_ROWS_MAX <= resident < len(LONG)
+    assert resident % TILE % CHUNK_ROWS_MAX == 0
     assert await engine.warm(LONG) == Prefilled(len(LONG), resident, len(LONG) - resident)
 
 
