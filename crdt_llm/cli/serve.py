@@ -230,7 +230,8 @@ async def serve(  # noqa: PLR0913 - what an operator may choose
             starting = _start_node(node, hub, model_dir)
             waiting.add(loop.create_task(starting, name="node start"))
             waiting.add(loop.create_task(show_figures(node, metrics), name="figures of the node"))
-        _spare_what_is_loaded()
+        else:
+            _spare_what_is_loaded()  # with a node it is done once that is loaded too
         url = _loopback_url(*relay.address)
         secret = f"?token={token}" if sys.stdout.isatty() else ""
         sys.stdout.write(f"ready {url}{secret}\n")

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 SHOW_INTERVAL_S: Final = 0.25  # between two states: as often as anybody reads a word
 COUNT_INTERVAL_S: Final = 1.0  # between two that differ in numbers alone, as those of a reply do
-SETTLE_S: Final = (
-    0.1  # before any: what just changed may begin a reply, whose first token goes first
-)
+SETTLE_S: Final = 0.1  # before any: what changed may begin a reply, and its first token goes first
 RENEW_S: Final = 15.0  # others take who was silent for 30 s for gone (y-protocols/awareness)
 
 

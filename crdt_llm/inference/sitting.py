@@ -399,12 +399,11 @@ class Sitting:
         self._ahead.admitted(action.parent, action.entries)
         generation.reply.asked_at_ms = self.work.seen_at_ms(slot)
         decided_at = self.work.revision
-        # The engine need not wait for signatures, nor for the disk.
+        # The engine need not wait for signatures, nor for the disk: behind the task's first step it
+        # has its command.
         generation.hold()
         await self._start(generation)
-        await asyncio.sleep(
-            0
-        )  # behind the task's first step, with which the engine has its command
+        await asyncio.sleep(0)
         if self.work.revision != decided_at:
             await self._abandon(slot)  # somebody wrote meanwhile: decide anew
             return

@@ -21,7 +21,6 @@ constexpr int WEIGHT_GROUP = 64;  // inputs of an output that share a scale: two
 struct Linear {
   Format format;
   int inputs;
-  int outputs;
   int panels;
   int steps;               // along the inputs
   Buffer<uint8_t> weight;  // (panels, steps, STEP_BYTES)
@@ -34,7 +33,6 @@ struct Linear {
          int inputs)
       : format(format),
         inputs(inputs),
-        outputs(count),
         panels(ceil_div(count, LANES)),
         steps(format == Format::INT8 ? Int8Row(inputs).padded / 4 : round_up(inputs, 32) / 2),
         weight(allocate<uint8_t>(size_t(panels) * steps * STEP_BYTES)),

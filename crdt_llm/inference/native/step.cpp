@@ -187,7 +187,7 @@ class Model {
   }
 
   // In int8 a row is two operands here, what is rounded and what rounding left of it: the head is
-  // read once for all of them, and half of what int8 costs in quality was its rounding.
+  // read once for all of them, and a fifth of what int8 costs in quality was the rounding here.
   void logits(const Bf16* hidden, int rows, float* out, int threads) {
     const int parts = Format(sizes_.format) == Format::INT8 ? 2 : 1;
     rows_ = rows * parts;
