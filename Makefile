@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .PHONY: install serve test screenshots demo bench lint types format wheel clean
 
-NATIVE := $(wildcard crdt_llm/inference/native/*.[ch]pp)
+NATIVE := $(wildcard crdt_llm/inference/forward/native/*.[ch]pp)
 
 # The page, as the relay serves it. Without npm there is none, and the relay serves a plain one.
 PAGE := crdt_llm/web/index.html

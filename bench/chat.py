@@ -57,7 +57,7 @@ from peer import LAST, TURN_S_MAX, Skipped, Summary
 from theirs import GENERATE, llama_cpp, transformers, vllm
 from verdicts import Verdict, rounded, show
 
-from crdt_llm.inference.models import DEFAULT_MODEL, resolve
+from crdt_llm.inference.models.folders import DEFAULT_MODEL, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -35,7 +35,7 @@ from peer import TURN_S_MAX, Stopwatch
 from verdicts import Verdict, rounded, show
 
 from crdt_llm import Client
-from crdt_llm.inference.models import DEFAULT_MODEL, resolve
+from crdt_llm.inference.models.folders import DEFAULT_MODEL, resolve
 
 if TYPE_CHECKING:
     from crdt_llm.document.schema import Usage

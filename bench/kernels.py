@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING
 import torch
 from verdicts import rounded
 
-from crdt_llm.inference.kv import TILE
-from crdt_llm.inference.llama import Llama
-from crdt_llm.inference.models import DEFAULT_MODEL, resolve
-from crdt_llm.inference.pool import Chunk
-from crdt_llm.inference.weights import INT8
+from crdt_llm.inference.forward.llama import Llama
+from crdt_llm.inference.forward.weights import INT8
+from crdt_llm.inference.kv.pool import Chunk
+from crdt_llm.inference.kv.tree import TILE
+from crdt_llm.inference.models.folders import DEFAULT_MODEL, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor

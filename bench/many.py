@@ -38,7 +38,7 @@ from peer import TURN_S_MAX, Skipped
 from theirs import llama_cpp, vllm
 from verdicts import Verdict, rounded, show
 
-from crdt_llm.inference.models import DEFAULT_MODEL, resolve
+from crdt_llm.inference.models.folders import DEFAULT_MODEL, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tokenizers import Tokenizer
 
-from crdt_llm.inference.llama import WEIGHT_FORMATS, Llama
-from crdt_llm.inference.models import DEFAULT_MODEL, resolve
-from crdt_llm.inference.torch_engine import TorchEngine
+from crdt_llm.inference.engine.torch_engine import TorchEngine
+from crdt_llm.inference.forward.llama import WEIGHT_FORMATS, Llama
+from crdt_llm.inference.models.folders import DEFAULT_MODEL, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -37,9 +37,9 @@ from peer import TURN_S_MAX, Stopwatch
 from verdicts import Verdict, rounded, show
 
 from crdt_llm import Client
-from crdt_llm.inference.engine import Sampled, SamplingParams
-from crdt_llm.inference.models import DEFAULT_MODEL, resolve
-from crdt_llm.inference.process import EngineProcess
+from crdt_llm.inference.contract import Sampled, SamplingParams
+from crdt_llm.inference.engine.process import EngineProcess
+from crdt_llm.inference.models.folders import DEFAULT_MODEL, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

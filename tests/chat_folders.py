@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-TEMPLATES = Path(__file__).parent / "inference" / "templates"
+TEMPLATES = Path(__file__).parent / "inference" / "prompt" / "templates"
 
 UNKNOWN = "<unk>"
 WORDS = ("the", "and", " the", " and", "ing", "er", "in", "th", "  ", "\n\n", "user", "system")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from crdt_llm.inference import models
+from crdt_llm.inference.models import folders
 
 # Hypothesis would fail an example that takes 200 ms: a timing assertion, and the machine is shared.
 settings.register_profile("untimed", deadline=None)
@@ -32,4 +32,4 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def real_model_dir() -> Path:
     """The folder of the default model; fetched if it is not here yet."""
     cache = Path(os.environ.get("CRDT_LLM_MODELS") or REPOSITORY / ".venv" / "models")
-    return models.resolve(models.DEFAULT_MODEL, cache, fetch=True)
+    return folders.resolve(folders.DEFAULT_MODEL, cache, fetch=True)

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crdt_llm.inference.engine import KvDigest, Prefilled, Sampled
-from crdt_llm.inference.torch_engine import TorchEngine
+from crdt_llm.inference.contract import KvDigest, Prefilled, Sampled
+from crdt_llm.inference.engine.torch_engine import TorchEngine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from crdt_llm.inference import torch_engine
-    from crdt_llm.inference.checkpoint import Checkpoints
-    from crdt_llm.inference.engine import SamplingParams
+    from crdt_llm.inference.contract import SamplingParams
+    from crdt_llm.inference.engine import torch_engine
+    from crdt_llm.inference.kv.checkpoint import Checkpoints
 
 KV_BYTES = 1 << 24  # 64 tiles of the tiny model
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from local_room import make_node
 
-from crdt_llm.inference.process import EngineProcess
+from crdt_llm.inference.engine.process import EngineProcess
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from local_room import LocalRoom
 
-    from crdt_llm.inference.node import Node
+    from crdt_llm.inference.node.node import Node
 
 
 class Lent:

@@ -26,12 +26,12 @@ from crdt_llm.document.schema import (
     entry_id,
 )
 from crdt_llm.document.seal import Sealer
-from crdt_llm.inference.desk import Desk  # noqa: F401 - so that a broken import fails here first
-from crdt_llm.inference.node import Node
-from crdt_llm.inference.prompt import Renderer
-from crdt_llm.inference.reply import Identity
-from crdt_llm.inference.seat import Lease, Surroundings
-from crdt_llm.inference.tokens import Vocabulary
+from crdt_llm.inference.node.desk import Desk  # noqa: F401 - so that a broken import fails here first
+from crdt_llm.inference.node.node import Node
+from crdt_llm.inference.node.reply import Identity
+from crdt_llm.inference.node.seat import Lease, Surroundings
+from crdt_llm.inference.prompt.renderer import Renderer
+from crdt_llm.inference.prompt.tokens import Vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from crdt_llm.document.schema import (
         Entry,
     )
-    from crdt_llm.inference.engine import Engine
+    from crdt_llm.inference.contract import Engine
 
 OWNER = "owner"
 

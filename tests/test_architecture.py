@@ -25,6 +25,20 @@ ALLOWED = {
     "__init__": {"errors", "document", "sync"},
     "__main__": {"cli"},
 }
+# The same for the parts of `inference`: who uses an engine, and the engine that is ours, meet in
+# the contract and nowhere else. Whoever wires a node up, outside, brings them together.
+INFERENCE = PACKAGE / "inference"
+INFERENCE_ALLOWED = {
+    "__init__": set(),
+    "contract": set(),
+    "models": set(),
+    "kv": set(),
+    "forward": {"contract", "kv"},
+    "engine": {"contract", "kv", "forward"},
+    "prompt": {"models"},
+    "node": {"contract", "prompt"},
+    "replay": {"contract", "prompt", "node"},
+}
 DOORWAYS = {
     "pycrdt": {"document"},
     "websockets": {"sync", "conformance"},  # the suite shares no connection with what it tries
@@ -63,6 +77,17 @@ def test_imports_point_one_way(path: Path) -> None:
         parts = name.split(".")
         if parts[0] == "crdt_llm" and len(parts) > 1 and parts[1] in ROOMS:
             assert parts[1] in ALLOWED[room] | {room}, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(INFERENCE.rglob("*.py")), ids=lambda path: str(path.relative_to(INFERENCE))
+)
+def test_the_parts_of_inference_import_one_way(path: Path) -> None:
+    part = path.relative_to(INFERENCE).parts[0].removesuffix(".py")
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[:2] == ["crdt_llm", "inference"] and len(parts) > 2:
+            assert parts[2] in INFERENCE_ALLOWED[part] | {part}, f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("library", DOORWAYS)

@@ -35,7 +35,7 @@ INTERRUPTED: Final = 130  # 128 + SIGINT, as shells say it
 DEFAULT_PORT: Final = 8765
 DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}/"
 DEFAULT_DEVICE: Final = "terminal"
-# As in crdt_llm.inference.models, which a help text should not have to load.
+# As in crdt_llm.inference.models.folders, which a help text should not have to load.
 DEFAULT_MODEL: Final = "smollm2-135m"
 
 KV_MEMORY_MIB_MIN: Final = 1

@@ -1,6 +1,7 @@
 """``crdt-llm audit``: say how far this build of a model agrees with the one that made the replies.
 
-This module owns the wiring and the table; the comparison is :mod:`crdt_llm.inference.audit`'s.
+This module owns the wiring and the table; the comparison is
+:mod:`crdt_llm.inference.replay.audit`'s.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from crdt_llm.cli.embedded_node import engine_starter
 from crdt_llm.cli.engine_options import DEFAULTS
 from crdt_llm.cli.folders import DataFolder
 from crdt_llm.cli.replay import find_stored, open_transcript, report
-from crdt_llm.inference.audit import audit
-from crdt_llm.inference.models import resolve
+from crdt_llm.inference.models.folders import resolve
+from crdt_llm.inference.replay.audit import audit
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
     from crdt_llm.cli.engine_options import EngineOptions
     from crdt_llm.document.conversation import Conversation
-    from crdt_llm.inference.audit import Audited
-    from crdt_llm.inference.process import EngineProcess
+    from crdt_llm.inference.engine.process import EngineProcess
+    from crdt_llm.inference.replay.audit import Audited
 
 
 async def _audit(

@@ -16,14 +16,14 @@ from crdt_llm.cli.engine_options import DEFAULTS
 from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.document.seal import Sealer
 from crdt_llm.errors import ConnectionLost, LeaseLost, Refused
-from crdt_llm.inference.digests import Digests
-from crdt_llm.inference.figures import keep_measuring
-from crdt_llm.inference.node import Node
-from crdt_llm.inference.process import EngineProcess
-from crdt_llm.inference.prompt import Renderer
-from crdt_llm.inference.reply import Identity
-from crdt_llm.inference.seat import Lease, Surroundings
-from crdt_llm.inference.tokens import Vocabulary
+from crdt_llm.inference.engine.process import EngineProcess
+from crdt_llm.inference.node.digests import Digests
+from crdt_llm.inference.node.figures import keep_measuring
+from crdt_llm.inference.node.node import Node
+from crdt_llm.inference.node.reply import Identity
+from crdt_llm.inference.node.seat import Lease, Surroundings
+from crdt_llm.inference.prompt.renderer import Renderer
+from crdt_llm.inference.prompt.tokens import Vocabulary
 from crdt_llm.sync.frames import Code
 from crdt_llm.sync.leases import LeaseWish
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from crdt_llm.cli.engine_options import EngineOptions
     from crdt_llm.cli.folders import DataFolder
     from crdt_llm.errors import CrdtLlmError
-    from crdt_llm.inference.seat import TakeHint
+    from crdt_llm.inference.node.seat import TakeHint
     from crdt_llm.sync.hub import Hub, Membership
     from crdt_llm.sync.leases import Granted, LeaseOffice
     from crdt_llm.sync.metrics import Metrics
@@ -70,7 +70,7 @@ class EmbeddedSeats:
     async def take(
         self, conversation: str, deliver: Callable[[bytes], None], lost: Callable[[], None]
     ) -> RoomSeat:
-        """See :class:`~crdt_llm.inference.seat.TakeSeat`."""
+        """See :class:`~crdt_llm.inference.node.seat.TakeSeat`."""
         wish = LeaseWish(
             lambda: self._office.want(conversation, self),
             lambda: self._office.give_back(conversation, self),
@@ -127,7 +127,7 @@ class RoomSeat:
 
     @property
     def state(self) -> bytes:
-        """See :class:`~crdt_llm.inference.seat.Seat`.
+        """See :class:`~crdt_llm.inference.node.seat.Seat`.
 
         It is given once: what is withdrawn later must not stay here.
         """
@@ -135,12 +135,12 @@ class RoomSeat:
         return state
 
     async def lease(self) -> Lease:
-        """See :class:`~crdt_llm.inference.seat.Seat`."""
+        """See :class:`~crdt_llm.inference.node.seat.Seat`."""
         granted = await self._wish.wait()
         return Lease(granted.epoch, granted.node, granted.signature)
 
     async def submit(self, update: bytes) -> None:
-        """See :class:`~crdt_llm.inference.seat.Seat`."""
+        """See :class:`~crdt_llm.inference.node.seat.Seat`."""
         try:
             await self._membership.submit(update)
         except Refused as error:
@@ -149,11 +149,11 @@ class RoomSeat:
             raise
 
     def show(self, client: int, clock: int, state: dict[str, Any]) -> None:
-        """See :class:`~crdt_llm.inference.presence.Shows`."""
+        """See :class:`~crdt_llm.inference.node.presence.Shows`."""
         self._membership.say(client, clock, json.dumps(state, separators=(",", ":")))
 
     async def leave(self) -> None:
-        """See :class:`~crdt_llm.inference.seat.Seat`."""
+        """See :class:`~crdt_llm.inference.node.seat.Seat`."""
         self._membership.leave()
         self._wish.fail(ConnectionLost("this seat was left"))
         self._left()

@@ -138,9 +138,9 @@ def _check_key(question: Question, keys: Keys, folder: DataFolder) -> None:
 
 def _with_model(keys: Keys, model: str) -> Keys:
     """The keys and a tokenizer, which costs a second: only where a reply is there to check."""
-    from crdt_llm.inference.models import resolve  # noqa: PLC0415 - optional dependencies
-    from crdt_llm.inference.prompt import Renderer  # noqa: PLC0415 - as above
-    from crdt_llm.inference.tokens import Vocabulary  # noqa: PLC0415 - as above
+    from crdt_llm.inference.models.folders import resolve  # noqa: PLC0415 - optional dependencies
+    from crdt_llm.inference.prompt.renderer import Renderer  # noqa: PLC0415 - as above
+    from crdt_llm.inference.prompt.tokens import Vocabulary  # noqa: PLC0415 - as above
 
     folder = resolve(model, fetch=False)
     vocabulary = Vocabulary.load(folder)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json as json_format
 import sys
 
-from crdt_llm.inference.models import resolve
-from crdt_llm.inference.native import KernelsUnavailable, library
+from crdt_llm.inference.forward.native import KernelsUnavailable, library
+from crdt_llm.inference.models.folders import resolve
 
 
 def _report(line: str) -> None:

@@ -37,14 +37,14 @@ from crdt_llm.document.keys import (
 )
 from crdt_llm.document.seal import Sealer
 from crdt_llm.errors import Corrupt, DataFolderBusy, Refused
-from crdt_llm.inference.digests import Digests
-from crdt_llm.inference.figures import keep_measuring
-from crdt_llm.inference.models import resolve
-from crdt_llm.inference.node import Node
-from crdt_llm.inference.prompt import Renderer
-from crdt_llm.inference.reply import Identity
-from crdt_llm.inference.seat import Lease, Surroundings
-from crdt_llm.inference.tokens import Vocabulary
+from crdt_llm.inference.models.folders import resolve
+from crdt_llm.inference.node.digests import Digests
+from crdt_llm.inference.node.figures import keep_measuring
+from crdt_llm.inference.node.node import Node
+from crdt_llm.inference.node.reply import Identity
+from crdt_llm.inference.node.seat import Lease, Surroundings
+from crdt_llm.inference.prompt.renderer import Renderer
+from crdt_llm.inference.prompt.tokens import Vocabulary
 from crdt_llm.sync.dial import Address, native_dial
 from crdt_llm.sync.frames import NAME_CHARACTERS_MAX
 from crdt_llm.sync.node_link import SEATS_MAX, Calls, NodeLink
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from crdt_llm.cli.engine_options import EngineOptions
-    from crdt_llm.inference.engine import Engine
+    from crdt_llm.inference.contract import Engine
     from crdt_llm.sync.node_link import NodeSeat
 
 logger = logging.getLogger("crdt_llm.cli")
@@ -166,7 +166,7 @@ class RemoteSeat:
 
     @property
     def state(self) -> bytes:
-        """See :class:`~crdt_llm.inference.seat.Seat`.
+        """See :class:`~crdt_llm.inference.node.seat.Seat`.
 
         It is given once: what is withdrawn later must not stay here.
         """
@@ -174,20 +174,20 @@ class RemoteSeat:
         return state
 
     async def lease(self) -> Lease:
-        """See :class:`~crdt_llm.inference.seat.Seat`."""
+        """See :class:`~crdt_llm.inference.node.seat.Seat`."""
         granted = await self._seat.lease()
         return Lease(granted.epoch, granted.node, granted.signature)
 
     async def submit(self, update: bytes) -> None:
-        """See :class:`~crdt_llm.inference.seat.Seat`."""
+        """See :class:`~crdt_llm.inference.node.seat.Seat`."""
         await self._seat.submit(update)
 
     def show(self, client: int, clock: int, state: dict[str, Any]) -> None:
-        """See :class:`~crdt_llm.inference.presence.Shows`."""
+        """See :class:`~crdt_llm.inference.node.presence.Shows`."""
         self._seat.say(client, clock, json.dumps(state, separators=(",", ":")))
 
     async def leave(self) -> None:
-        """See :class:`~crdt_llm.inference.seat.Seat`."""
+        """See :class:`~crdt_llm.inference.node.seat.Seat`."""
         await self._seat.leave()
 
 

@@ -1,7 +1,7 @@
 """``crdt-llm replay``: make a conversation's replies anew from the document alone.
 
 This module owns the wiring and the table; the comparison is
-:mod:`crdt_llm.inference.replay`'s.
+:mod:`crdt_llm.inference.replay.replay`'s.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from crdt_llm.document.keys import load_or_create_secret
 from crdt_llm.document.schema import ROOT
 from crdt_llm.document.seal import Sealer
 from crdt_llm.errors import Corrupt, LocalMisuse
-from crdt_llm.inference.digests import Digests, verify
-from crdt_llm.inference.engine import BIT_EXACT
-from crdt_llm.inference.models import resolve
-from crdt_llm.inference.prompt import Renderer
-from crdt_llm.inference.replay import replay
-from crdt_llm.inference.tokens import Vocabulary
-from crdt_llm.inference.transcript import Transcript
+from crdt_llm.inference.contract import BIT_EXACT
+from crdt_llm.inference.models.folders import resolve
+from crdt_llm.inference.node.digests import Digests, verify
+from crdt_llm.inference.prompt.renderer import Renderer
+from crdt_llm.inference.prompt.tokens import Vocabulary
+from crdt_llm.inference.prompt.transcript import Transcript
+from crdt_llm.inference.replay.replay import replay
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
     from crdt_llm.cli.engine_options import EngineOptions
     from crdt_llm.document.conversation import Conversation
-    from crdt_llm.inference.digests import Verified
-    from crdt_llm.inference.process import EngineProcess
-    from crdt_llm.inference.replay import Replayed
+    from crdt_llm.inference.engine.process import EngineProcess
+    from crdt_llm.inference.node.digests import Verified
+    from crdt_llm.inference.replay.replay import Replayed
 
 NOT_BIT_EXACT: Final = (
     "this model is computed at exactness level 1: where two tokens are almost equally likely,"

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from crdt_llm.cli.engine_options import EngineOptions
-    from crdt_llm.inference.node import Node
+    from crdt_llm.inference.node.node import Node
 
 
 logger = logging.getLogger("crdt_llm.cli")
@@ -89,7 +89,7 @@ def _check_keys(folder: DataFolder) -> None:
 
 
 def _model_folder(model: str) -> Path:
-    from crdt_llm.inference.models import resolve  # noqa: PLC0415 - see the module's docstring
+    from crdt_llm.inference.models.folders import resolve  # noqa: PLC0415 - see the module's docstring
 
     return resolve(model, fetch=True, report=_line)
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from crdt_llm.document.conversation import Conversation
     from crdt_llm.document.schema import Entry
     from crdt_llm.document.seal import Hidden, Sealer
-    from crdt_llm.inference.prompt import Renderer
-    from crdt_llm.inference.tokens import Vocabulary
+    from crdt_llm.inference.prompt.renderer import Renderer
+    from crdt_llm.inference.prompt.tokens import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def _check_tokens(
 def _check_text(
     reply: Entry, hidden: Hidden, vocabulary: Vocabulary, renderer: Renderer | None, report: Report
 ) -> None:
-    from crdt_llm.inference.tokens import TextStream  # noqa: PLC0415 - an optional dependency
+    from crdt_llm.inference.prompt.tokens import TextStream  # noqa: PLC0415 - an optional dependency
 
     stop = tuple(hidden.params.get("stop", ()))
     if reply.ended:

@@ -24,9 +24,9 @@ from crdt_llm.cli.folders import DataFolder
 from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.keys import SigningKey
 from crdt_llm.document.schema import State
-from crdt_llm.inference import pipe
-from crdt_llm.inference.engine import Sampled
-from crdt_llm.inference.process import EngineProcess
+from crdt_llm.inference.contract import Sampled
+from crdt_llm.inference.engine import pipe
+from crdt_llm.inference.engine.process import EngineProcess
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.sync.access import TokenAccess
 from crdt_llm.sync.hub import Hub

@@ -19,8 +19,8 @@ from crdt_llm.cli.embedded_node import make_node
 from crdt_llm.cli.folders import DataFolder
 from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.errors import PromptTooLong
-from crdt_llm.inference.engine import Capabilities, Finished, Prefilled, Sampled
-from crdt_llm.inference.tokens import Vocabulary
+from crdt_llm.inference.contract import Capabilities, Finished, Prefilled, Sampled
+from crdt_llm.inference.prompt.tokens import Vocabulary
 from crdt_llm.store.register import SqliteRegister
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.sync.access import Pass, TokenAccess, load_or_create_token
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from crdt_llm.cli.connection import Door
-    from crdt_llm.inference.engine import Engine, GenerationEvent, SamplingParams
-    from crdt_llm.inference.node import Node
+    from crdt_llm.inference.contract import Engine, GenerationEvent, SamplingParams
+    from crdt_llm.inference.node.node import Node
 
 FORMAT = FORMATS["thinking"]
 NODE_TOKEN = "a-node's-token"  # noqa: S105 - of this server alone

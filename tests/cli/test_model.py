@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from crdt_llm.cli import model
-from crdt_llm.inference.native import library
+from crdt_llm.inference.forward.native import library
 
 if TYPE_CHECKING:
     from collections.abc import Callable

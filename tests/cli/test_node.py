@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from crdt_llm.inference.engine import Engine
+    from crdt_llm.inference.contract import Engine
 
 MASTER = b"m" * 32
 BASE = "ws://relay.example.org/"

@@ -14,8 +14,8 @@ from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.keys import SigningKey
 from crdt_llm.document.schema import SALT_BYTES, State
 from crdt_llm.document.seal import FINAL_CHUNK, Hidden, Sealer, place_of
-from crdt_llm.inference.prompt import Renderer
-from crdt_llm.inference.tokens import Vocabulary
+from crdt_llm.inference.prompt.renderer import Renderer
+from crdt_llm.inference.prompt.tokens import Vocabulary
 from crdt_llm.sync.client import Client
 
 if TYPE_CHECKING:

@@ -23,12 +23,12 @@ from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.keys import SigningKey
 from crdt_llm.document.seal import Sealer
 from crdt_llm.errors import EngineDied, StoreFailed
-from crdt_llm.inference.node import Node
-from crdt_llm.inference.process import EngineProcess
-from crdt_llm.inference.prompt import ParentTail, Renderer
-from crdt_llm.inference.reply import Identity
-from crdt_llm.inference.seat import Surroundings
-from crdt_llm.inference.tokens import Vocabulary
+from crdt_llm.inference.engine.process import EngineProcess
+from crdt_llm.inference.node.node import Node
+from crdt_llm.inference.node.reply import Identity
+from crdt_llm.inference.node.seat import Surroundings
+from crdt_llm.inference.prompt.renderer import ParentTail, Renderer
+from crdt_llm.inference.prompt.tokens import Vocabulary
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
 from crdt_llm.store.register import MemoryRegister
 from crdt_llm.sync.leases import LeaseOffice
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
     from pathlib import Path
 
-    from crdt_llm.inference.engine import GenerationEvent, Prefilled, SamplingParams
-    from crdt_llm.inference.workplace import Workplace
+    from crdt_llm.inference.contract import GenerationEvent, Prefilled, SamplingParams
+    from crdt_llm.inference.node.workplace import Workplace
     from crdt_llm.store.memory import MemorySeam
     from crdt_llm.store.register import Row
     from crdt_llm.sync.client import OpenConversation

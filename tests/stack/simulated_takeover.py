@@ -41,12 +41,12 @@ from crdt_llm.document.schema import (
 )
 from crdt_llm.document.seal import FINAL_CHUNK, Sealer, place_of, verify_chunk
 from crdt_llm.errors import ConnectionLost, CrdtLlmError, Unavailable
-from crdt_llm.inference.engine import Capabilities, Finished, Prefilled, Sampled
-from crdt_llm.inference.node import Node
-from crdt_llm.inference.prompt import Renderer
-from crdt_llm.inference.reply import Identity
-from crdt_llm.inference.seat import Surroundings
-from crdt_llm.inference.tokens import Vocabulary
+from crdt_llm.inference.contract import Capabilities, Finished, Prefilled, Sampled
+from crdt_llm.inference.node.node import Node
+from crdt_llm.inference.node.reply import Identity
+from crdt_llm.inference.node.seat import Surroundings
+from crdt_llm.inference.prompt.renderer import Renderer
+from crdt_llm.inference.prompt.tokens import Vocabulary
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
 from crdt_llm.store.register import MemoryRegister
 from crdt_llm.sync.access import Pass
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from crdt_llm.document.schema import Entry
-    from crdt_llm.inference.engine import Engine, GenerationEvent, SamplingParams
+    from crdt_llm.inference.contract import Engine, GenerationEvent, SamplingParams
     from crdt_llm.store.memory import MemorySeam
     from crdt_llm.store.register import Row
     from crdt_llm.sync.hub import Membership
@@ -702,7 +702,7 @@ class Person:
         report.takeovers = max(0, len(replica.epochs()) - 1)
 
     def _prompt(self, sealer: Sealer, parent: str) -> tuple[int, ...]:
-        from crdt_llm.inference.transcript import Transcript  # noqa: PLC0415 - derived, for this
+        from crdt_llm.inference.prompt.transcript import Transcript  # noqa: PLC0415 - derived, for this
 
         return Transcript(self.replica, self._world.house.renderer, sealer).ids(parent)
 

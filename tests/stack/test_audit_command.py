@@ -11,14 +11,14 @@ from stack.test_turn_costs import Stack, done, two_devices
 from crdt_llm.cli.app import FAILED, run
 from crdt_llm.cli.audit import run_audit
 from crdt_llm.cli.replay import run_replay
-from crdt_llm.inference.process import EngineProcess
+from crdt_llm.inference.engine.process import EngineProcess
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import pytest
 
-    from crdt_llm.inference.digests import Border
+    from crdt_llm.inference.node.digests import Border
 
 
 async def test_replies_of_a_served_conversation_agree_with_themselves(

@@ -32,8 +32,8 @@ from stack.simulated_stack import COMMIT_S, DEVICES, RELAY_KEY, SLOW_COMMIT_S, H
 from crdt_llm.document.chain import verify_path
 from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.schema import ENDED, State
-from crdt_llm.inference.replay import replay
-from crdt_llm.inference.transcript import Transcript
+from crdt_llm.inference.prompt.transcript import Transcript
+from crdt_llm.inference.replay.replay import replay
 from crdt_llm.sync import local_replica, upkeep
 from crdt_llm.sync.wire import decode_state_vector
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from stack.simulated_stack import Device
 
     from crdt_llm.document.schema import Entry
-    from crdt_llm.inference.process import EngineProcess
+    from crdt_llm.inference.engine.process import EngineProcess
     from crdt_llm.sync.client import OpenConversation, Sampling
 
 # A failure is made smaller for up to five minutes before it is shown.

@@ -16,10 +16,10 @@ from crdt_llm.cli.embedded_node import make_node
 from crdt_llm.cli.folders import DataFolder
 from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.document.schema import State
-from crdt_llm.inference import generation
-from crdt_llm.inference.engine import Prefilled, Sampled
-from crdt_llm.inference.process import EngineProcess
-from crdt_llm.inference.prompt import ParentTail
+from crdt_llm.inference.contract import Prefilled, Sampled
+from crdt_llm.inference.engine.process import EngineProcess
+from crdt_llm.inference.node import generation
+from crdt_llm.inference.prompt.renderer import ParentTail
 from crdt_llm.store.register import SqliteRegister
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.sync.access import TokenAccess, load_or_create_token
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from crdt_llm.document.schema import Entry
-    from crdt_llm.inference.engine import Capabilities, Engine, GenerationEvent, SamplingParams
-    from crdt_llm.inference.node import Node
+    from crdt_llm.inference.contract import Capabilities, Engine, GenerationEvent, SamplingParams
+    from crdt_llm.inference.node.node import Node
     from crdt_llm.sync.client import OpenConversation, Reply, Sampling
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -1,0 +1,4 @@
+"""Keys and values of tokens: which are resident, where they lie, and which are on disk.
+
+Knows token ids and rows. What computes a row, and who asks for it, is not known here.
+"""
