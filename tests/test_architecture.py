@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,10 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
 def imported(path: Path) -> set[str]:
     """Every module that a file names in an import, wherever in the file it stands."""
     names: set[str] = set()
@@ -88,6 +93,15 @@ def test_the_parts_of_inference_import_one_way(path: Path) -> None:
         parts = name.split(".")
         if parts[:2] == ["crdt_llm", "inference"] and len(parts) > 2:
             assert parts[2] in INFERENCE_ALLOWED[part] | {part}, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("room", ["document", "store", "inference", "conformance", "cli"])
+def test_no_modules_import_each_other_in_a_circle(room: str) -> None:
+    """Not for their types either: whoever reads one of a circle has to read them all."""
+    files = {module_of(path): path for path in (PACKAGE / room).rglob("[!_]*.py")}
+    imports = {name: imported(path) & files.keys() for name, path in files.items()}
+    order = tuple(TopologicalSorter(imports).static_order())  # raises CycleError, which names it
+    assert set(order) == files.keys()
 
 
 @pytest.mark.parametrize("library", DOORWAYS)

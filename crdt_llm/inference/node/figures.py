@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from crdt_llm.inference.contract import Prefilled
     from crdt_llm.inference.node.drafts import Tally
-    from crdt_llm.inference.node.node import Node
 
 MEASURE_INTERVAL_S: Final = 5.0
 """Between two questions to the engine: more often than anybody collects metrics, and the answer
@@ -167,8 +166,22 @@ class Figures:
             self._engine = None  # it died; the node says so, and starts another one
 
 
+class Counted(Protocol):
+    """A node, as far as its figures go."""
+
+    @property
+    def engine(self) -> object:
+        """The engine that it has now, if it has one."""
+        ...
+
+    @property
+    def figures(self) -> Figures:
+        """Its figures."""
+        ...
+
+
 async def keep_measuring(
-    node: Node,
+    node: Counted,
     measured: Callable[[], object] = lambda: None,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from crdt_llm.document.schema import Entry
     from crdt_llm.inference.contract import Engine
-    from crdt_llm.inference.node.sitting import Shared
+    from crdt_llm.inference.node.shared import Shared
     from crdt_llm.inference.node.workplace import Workplace
 
 logger = logging.getLogger("crdt_llm.inference")

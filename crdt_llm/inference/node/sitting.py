@@ -11,7 +11,7 @@ import asyncio
 import logging
 import sys
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from crdt_llm.document.chain import Link, commit_content, parent_digest, prove, sign
 from crdt_llm.document.schema import SALT_BYTES, Born, Place, Role, State, Usage, entry_id
@@ -25,7 +25,7 @@ from crdt_llm.errors import (
     RemoteMisuse,
     Unavailable,
 )
-from crdt_llm.inference.node.ahead import Ahead, Reader
+from crdt_llm.inference.node.ahead import Ahead
 from crdt_llm.inference.node.evaluate import (
     Admit,
     Clear,
@@ -59,16 +59,11 @@ if TYPE_CHECKING:
         Action,
         Situation,
     )
-    from crdt_llm.inference.node.fed import Fed
-    from crdt_llm.inference.node.figures import Figures
     from crdt_llm.inference.node.held import Held
     from crdt_llm.inference.node.overflow import Summary
-    from crdt_llm.inference.node.reply import Identity
-    from crdt_llm.inference.node.seat import Lease, Surroundings
-    from crdt_llm.inference.node.turns import Turns
+    from crdt_llm.inference.node.seat import Lease
+    from crdt_llm.inference.node.shared import Shared
     from crdt_llm.inference.node.workplace import Workplace
-    from crdt_llm.inference.prompt.renderer import Renderer
-    from crdt_llm.inference.prompt.tokens import Vocabulary
 
 logger = logging.getLogger("crdt_llm.inference")
 
@@ -90,44 +85,6 @@ class Trouble:
     count: int
     code: str
     message: str
-
-
-class Shared(Reader, Protocol):
-    """What the desks of one node share."""
-
-    surroundings: Surroundings
-    renderer: Renderer
-    vocabulary: Vocabulary
-    identity: Identity
-    turns: Turns
-    figures: Figures
-
-    @property
-    def capacity(self) -> int:
-        """How many more replies may be started now."""
-        ...
-
-    @property
-    def running(self) -> int:
-        """How many replies run."""
-        ...
-
-    def occupy(self, change: int) -> None:
-        """So many more (or fewer) replies run."""
-        ...
-
-    def stand_in_line(self, conversation: str, *, waits: bool) -> int:
-        """Where a conversation stands among those where a reply waits for room; 1 is next.
-
-        Args:
-            conversation: its id.
-            waits: whether a reply waits there now; if not, it leaves the line, and 0 is returned.
-        """
-        ...
-
-    def fed(self, conversation: str) -> Fed:
-        """What engines were given of a conversation; outlives a sitting."""
-        ...
 
 
 class Sitting:
