@@ -16,6 +16,7 @@ from crdt_llm.conformance.device import Device
 from crdt_llm.document.schema import State
 from crdt_llm.errors import ConnectionLost
 from crdt_llm.sync.frames import Ack, Answer, Request
+from crdt_llm.sync.wire import decode_state_vector
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -153,12 +154,16 @@ def require(holds: object, what: str) -> None:
         raise Broken(what)
 
 
-def same(devices: Sequence[Device]) -> None:
-    """All devices hold one and the same document.
+async def agree(devices: Sequence[Device]) -> None:
+    """All devices come to hold one and the same document.
+
+    What is on its way is merged first: a node behind the endpoint admits entries when it likes.
 
     Raises:
         Broken: They do not.
     """
+    while late := next((device for device in devices if _lacks(device, devices)), None):
+        await late.merge_next()
     first = devices[0].facts()
     for device in devices[1:]:
         for key, value in device.facts().items():
@@ -166,6 +171,17 @@ def same(devices: Sequence[Device]) -> None:
                 value == first[key],
                 f"{device.name} and {devices[0].name} differ in their {key}",
             )
+
+
+def covers(device: Device, other: Device) -> bool:
+    """Whether a device has every write that another has."""
+    clocks = decode_state_vector(device.replica.state_vector())
+    theirs = decode_state_vector(other.replica.state_vector())
+    return all(clocks.get(client, 0) >= clock for client, clock in theirs.items())
+
+
+def _lacks(device: Device, others: Sequence[Device]) -> bool:
+    return not all(covers(device, other) for other in others)
 
 
 def ended(slot: str) -> Callable[[Conversation], bool]:

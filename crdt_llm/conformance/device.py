@@ -190,6 +190,14 @@ class Device:
             case _:
                 self._native.waiting.append(frame)
 
+    async def merge_next(self) -> None:
+        """Merge the next thing that comes.
+
+        Raises:
+            Broken: Nothing comes in time.
+        """
+        self.take(await self._native.receive())
+
     async def until(self, holds: Callable[[Conversation], bool], what: str) -> None:
         """Merge what comes until something holds.
 
@@ -199,7 +207,7 @@ class Device:
         try:
             async with asyncio.timeout(self.endpoint.deadline_s):
                 while not holds(self.replica):
-                    self.take(await self._native.receive())
+                    await self.merge_next()
         except (TimeoutError, ConnectionLost) as error:
             raise Broken(f"{self.name}: not seen in time: {what} ({error})") from error
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 from crdt_llm.conformance.case import (
     Case,
     Need,
+    agree,
     begun,
     ended,
     require,
-    same,
     streams,
 )
 from crdt_llm.document.chain import verify_path
@@ -60,7 +60,7 @@ async def answers(world: World) -> None:
     require(entry.usage.sampled == _SHORT, f"{entry.usage.sampled} tokens, not {_SHORT}")
     require(entry.proof is not None and entry.salt is not None, "a reply ends with a proof")
     require(entry.sealed, "a reply carries its hidden fields")
-    same([first, second])
+    await agree([first, second])
 
 
 async def streams_on_to_another_device(world: World) -> None:
@@ -76,7 +76,7 @@ async def streams_on_to_another_device(world: World) -> None:
     _done(laptop, slot)
     await phone.connect()
     await phone.until(ended(slot), "the end of the reply")
-    same([phone, laptop])
+    await agree([phone, laptop])
 
 
 async def doubles_nothing_on_a_replay(world: World) -> None:
@@ -98,7 +98,7 @@ async def doubles_nothing_on_a_replay(world: World) -> None:
         first.replica.text(slot) == steady.replica.text(slot),
         "a resumed stream and a steady one differ",
     )
-    same([first, steady])
+    await agree([first, steady])
 
 
 async def stops_a_resumed_stream(world: World) -> None:
@@ -131,7 +131,7 @@ async def answers_once(world: World) -> None:
     require(first.replica.view() == (name, slot), f"the view is {first.replica.view()}")
     replies = [entry for entry in first.view() if entry.is_slot]
     require(len(replies) == 1, f"{len(replies)} replies to one request")
-    same([first, second])
+    await agree([first, second])
 
 
 async def takes_writes_while_it_answers(world: World) -> None:
