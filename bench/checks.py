@@ -50,19 +50,19 @@ from crdt_llm.document.schema import (
 )
 from crdt_llm.store.register import SqliteRegister
 from crdt_llm.store.sqlite import SqliteLog
-from crdt_llm.sync import hub as hub_module
-from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.peer import RemotePeer
-from crdt_llm.sync.room import Room
-from crdt_llm.sync.verdict import Committed
-from crdt_llm.sync.wire import SyncStep1, SyncStep2, encode
+from crdt_llm.sync.relay import hub as hub_module
+from crdt_llm.sync.relay.hub import Hub
+from crdt_llm.sync.relay.plain_peer import RemotePeer
+from crdt_llm.sync.room.room import Room
+from crdt_llm.sync.wire.verdict import Committed
+from crdt_llm.sync.wire.y_websocket import SyncStep1, SyncStep2, encode
 
 if TYPE_CHECKING:
     from crdt_llm.document.conversation import Writer
     from crdt_llm.document.rules import Author
-    from crdt_llm.sync.hub import Membership
-    from crdt_llm.sync.room import Submission, _Batch, _Seat
-    from crdt_llm.sync.verdict import Verdict
+    from crdt_llm.sync.relay.hub import Membership
+    from crdt_llm.sync.room.room import Submission, _Batch, _Seat
+    from crdt_llm.sync.wire.verdict import Verdict
 
 READERS: Final = 4
 WARM_TOKENS: Final = 50

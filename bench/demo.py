@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from crdt_llm.document.schema import Entry, Usage
-    from crdt_llm.sync.client import OpenConversation, Reply
+    from crdt_llm.sync.client.client import OpenConversation, Reply
 
 STARTUP_S_MAX = 180  # a cold disk and two busy cores
 STEP_S_MAX = 180  # no single reply takes longer, or something hangs

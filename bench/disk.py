@@ -39,7 +39,7 @@ from crdt_llm.inference.models.folders import DEFAULT_MODEL, resolve
 
 if TYPE_CHECKING:
     from crdt_llm.document.schema import Usage
-    from crdt_llm.sync.client import OpenConversation, Sampling
+    from crdt_llm.sync.client.client import OpenConversation, Sampling
 
 LENGTHS = (250, 500, 1000, 2000, 4000)
 BAR_LENGTH = 2000

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from crdt_llm.document.schema import Usage
-    from crdt_llm.sync.client import OpenConversation, Reply
+    from crdt_llm.sync.client.client import OpenConversation, Reply
 
 TYPING_S = 0.15  # between two words: 80 words a minute and a half, faster than most people type
 WORDS = (

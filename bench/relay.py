@@ -58,16 +58,16 @@ from crdt_llm.document.schema import (
     entry_id,
 )
 from crdt_llm.store.sqlite import SqliteLog
-from crdt_llm.sync.access import TokenAccess
-from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.relay import Relay
-from crdt_llm.sync.wire import FRAME_BYTES_MAX, SyncStep1, SyncStep2, encode
+from crdt_llm.sync.relay.access import TokenAccess
+from crdt_llm.sync.relay.hub import Hub
+from crdt_llm.sync.relay.server import Relay
+from crdt_llm.sync.wire.y_websocket import FRAME_BYTES_MAX, SyncStep1, SyncStep2, encode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from crdt_llm.store.sqlite import Seam
-    from crdt_llm.sync.hub import Membership
+    from crdt_llm.sync.relay.hub import Membership
 
 READERS = 4
 TOKEN_S = 0.020

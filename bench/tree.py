@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from ours import Server
 
     from crdt_llm.document.schema import Usage
-    from crdt_llm.sync.client import OpenConversation, Reply, Sampling
+    from crdt_llm.sync.client.client import OpenConversation, Reply, Sampling
 
 PREFILLED = "crdt_llm_node_prefilled_tokens_total"
 REPLY_TOKENS = 16

@@ -18,7 +18,7 @@ from sync.update_writer import Pen, any_bytes
 
 from crdt_llm.document.schema import Grant, entry_id
 from crdt_llm.errors import Gap, MalformedMessage, Refused
-from crdt_llm.sync.structure import (
+from crdt_llm.sync.update.structure import (
     Format,
     Id,
     Kind,
@@ -27,7 +27,7 @@ from crdt_llm.sync.structure import (
     TypeRef,
     read_update,
 )
-from crdt_llm.sync.wire import decode_state_vector
+from crdt_llm.sync.wire.y_websocket import decode_state_vector
 
 if TYPE_CHECKING:
     from collections.abc import Callable

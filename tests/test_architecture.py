@@ -26,19 +26,31 @@ ALLOWED = {
     "__init__": {"errors", "document", "sync"},
     "__main__": {"cli"},
 }
-# The same for the parts of `inference`: who uses an engine, and the engine that is ours, meet in
-# the contract and nowhere else. Whoever wires a node up, outside, brings them together.
-INFERENCE = PACKAGE / "inference"
-INFERENCE_ALLOWED = {
-    "__init__": set(),
-    "contract": set(),
-    "models": set(),
-    "kv": set(),
-    "forward": {"contract", "kv"},
-    "engine": {"contract", "kv", "forward"},
-    "prompt": {"models"},
-    "node": {"contract", "prompt"},
-    "replay": {"contract", "prompt", "node"},
+# The same for the parts of a room. In `sync`, a relay and those who call it share the wire; in
+# `inference`, who uses an engine, and the engine that is ours, meet in the contract and nowhere
+# else. Whoever wires a node up, outside, brings them together.
+PARTS = {
+    "sync": {
+        "__init__": set(),
+        "wire": set(),
+        "update": {"wire"},
+        "transport": {"wire"},
+        "client": {"transport", "update", "wire"},
+        "node": {"transport", "wire"},
+        "room": {"update", "wire"},
+        "relay": {"room", "wire"},
+    },
+    "inference": {
+        "__init__": set(),
+        "contract": set(),
+        "models": set(),
+        "kv": set(),
+        "forward": {"contract", "kv"},
+        "engine": {"contract", "kv", "forward"},
+        "prompt": {"models"},
+        "node": {"contract", "prompt"},
+        "replay": {"contract", "prompt", "node"},
+    },
 }
 DOORWAYS = {
     "pycrdt": {"document"},
@@ -85,14 +97,16 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(INFERENCE.rglob("*.py")), ids=lambda path: str(path.relative_to(INFERENCE))
+    "path",
+    [path for path in MODULES if room_of(path) in PARTS],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
 )
-def test_the_parts_of_inference_import_one_way(path: Path) -> None:
-    part = path.relative_to(INFERENCE).parts[0].removesuffix(".py")
+def test_the_parts_of_a_room_import_one_way(path: Path) -> None:
+    room, part = (name.removesuffix(".py") for name in path.relative_to(PACKAGE).parts[:2])
     for name in imported(path):
         parts = name.split(".")
-        if parts[:2] == ["crdt_llm", "inference"] and len(parts) > 2:
-            assert parts[2] in INFERENCE_ALLOWED[part] | {part}, f"{path} imports {name}"
+        if parts[:2] == ["crdt_llm", room] and len(parts) > 2:
+            assert parts[2] in PARTS[room][part] | {part}, f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("room", ["document", "store", "inference", "conformance", "cli"])
@@ -115,7 +129,7 @@ def test_each_heavy_library_has_one_doorway(library: str) -> None:
     assert users, f"nobody imports {library}: is the table stale?"
 
 
-@pytest.mark.parametrize("module", ["crdt_llm", "crdt_llm.cli", "crdt_llm.sync.client"])
+@pytest.mark.parametrize("module", ["crdt_llm", "crdt_llm.cli", "crdt_llm.sync.client.client"])
 def test_a_client_never_loads_torch(module: str) -> None:
     heavy = "('torch', 'transformers')"
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"

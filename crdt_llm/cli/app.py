@@ -41,7 +41,7 @@ DEFAULT_MODEL: Final = "smollm2-135m"
 KV_MEMORY_MIB_MIN: Final = 1
 KV_MEMORY_MIB_MAX: Final = 1 << 24  # 16 TiB: whoever asks for more has mistaken the unit
 
-LEASE_TTL_S: Final = 10.0  # as in crdt_llm.sync.leases
+LEASE_TTL_S: Final = 10.0  # as in crdt_llm.sync.relay.leases
 LEASE_TTL_S_MIN: Final = 1.0  # leases are looked after once a second
 LEASE_TTL_S_MAX: Final = 600.0  # so long people wait for a reply whose node was killed
 

@@ -28,8 +28,8 @@ from crdt_llm.errors import (
     ReplyFailed,
     TooLarge,
 )
-from crdt_llm.sync.client import Client
-from crdt_llm.sync.replica_file import LOG_NAME
+from crdt_llm.sync.client.client import Client
+from crdt_llm.sync.client.replica_file import LOG_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from crdt_llm.cli.connection import Door
     from crdt_llm.cli.folders import DataFolder
     from crdt_llm.document.schema import Entry
-    from crdt_llm.sync.client import OpenConversation, Reply, Sampling
+    from crdt_llm.sync.client.client import OpenConversation, Reply, Sampling
 
 BEGINNING_CHARACTERS: Final = 50  # of a conversation without a title, in the list
 DEVICES_MAX: Final = 9  # terminals side by side; beyond that something keeps them open

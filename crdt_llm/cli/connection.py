@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 from crdt_llm.cli.folders import read_token
 from crdt_llm.errors import CrdtLlmError, StoreFailed, Unavailable
-from crdt_llm.sync.dial import Address, native_dial
+from crdt_llm.sync.transport.dial import Address, native_dial
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from crdt_llm.sync.client import OpenConversation
-    from crdt_llm.sync.dial import Dial, Socket
+    from crdt_llm.sync.client.client import OpenConversation
+    from crdt_llm.sync.transport.dial import Dial, Socket
 
 
 class Standing(Enum):

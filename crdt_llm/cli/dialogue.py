@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
     from crdt_llm.cli.connection import Door
     from crdt_llm.document.schema import Entry
-    from crdt_llm.sync.changes import Changed
-    from crdt_llm.sync.client import Client, OpenConversation, Sampling
-    from crdt_llm.sync.journal import RefusedWrite
+    from crdt_llm.sync.client.changes import Changed
+    from crdt_llm.sync.client.client import Client, OpenConversation, Sampling
+    from crdt_llm.sync.client.journal import RefusedWrite
 
 LIVE_ROWS_MAX: Final = 6  # of what is still written, above the prompt; the rest follows on paper
 DEVICES_NAMED_MAX: Final = 3  # in the bar

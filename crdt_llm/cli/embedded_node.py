@@ -24,8 +24,8 @@ from crdt_llm.inference.node.reply import Identity
 from crdt_llm.inference.node.seat import Lease, Surroundings
 from crdt_llm.inference.prompt.renderer import Renderer
 from crdt_llm.inference.prompt.tokens import Vocabulary
-from crdt_llm.sync.frames import Code
-from crdt_llm.sync.leases import LeaseWish
+from crdt_llm.sync.node.lease_wish import LeaseWish
+from crdt_llm.sync.wire.frames import Code
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from crdt_llm.cli.folders import DataFolder
     from crdt_llm.errors import CrdtLlmError
     from crdt_llm.inference.node.seat import TakeHint
-    from crdt_llm.sync.hub import Hub, Membership
-    from crdt_llm.sync.leases import Granted, LeaseOffice
-    from crdt_llm.sync.metrics import Metrics
+    from crdt_llm.sync.relay.hub import Hub, Membership
+    from crdt_llm.sync.relay.leases import LeaseOffice
+    from crdt_llm.sync.relay.metrics import Metrics
+    from crdt_llm.sync.wire.lease import Granted
 
 NODE: Final = "node"
 DIGESTS: Final = "digests"  # beside the KV cache, whose digests they are
@@ -99,13 +100,13 @@ class EmbeddedSeats:
     # -- for the office ------------------------------------------------------------------------
 
     def leased(self, lease: Granted) -> None:
-        """See :class:`~crdt_llm.sync.leases.LeaseHolder`."""
+        """See :class:`~crdt_llm.sync.relay.leases.LeaseHolder`."""
         seat = self._seats.get(lease.conversation)
         if seat is not None:
             seat.leased(lease)
 
     def unleased(self, conversation: str, retry_s: float, reason: str) -> None:
-        """See :class:`~crdt_llm.sync.leases.LeaseHolder`."""
+        """See :class:`~crdt_llm.sync.relay.leases.LeaseHolder`."""
         seat = self._seats.get(conversation)
         if seat is not None:
             seat.unleased(retry_s, reason)

@@ -1,8 +1,8 @@
 """``crdt-llm import``: bring a conversation back from a file.
 
 This module owns the reading of the file and what is said of what it could not prove. What is
-believed of it, and why, is :mod:`crdt_llm.sync.restore`'s. It works on a data folder that no relay
-serves, because it may do what no client may: take a conversation at the operator's word.
+believed of it, and why, is :mod:`crdt_llm.sync.room.restore`'s. It works on a data folder that no
+relay serves, because it may do what no client may: take a conversation at the operator's word.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.errors import LocalMisuse, MalformedMessage, Refused, StoreFailed
 from crdt_llm.store.register import SqliteRegister
 from crdt_llm.store.sqlite import SqliteLog
-from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.structure import DOCUMENT_LIMITS, read_update
-from crdt_llm.sync.wire import UPDATE_BYTES_MAX
+from crdt_llm.sync.relay.hub import Hub
+from crdt_llm.sync.update.structure import DOCUMENT_LIMITS, read_update
+from crdt_llm.sync.wire.y_websocket import UPDATE_BYTES_MAX
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -23,7 +23,7 @@ from crdt_llm.document.keys import SigningKey, load_or_create_secret
 from crdt_llm.document.schema import State, is_conversation_id
 from crdt_llm.document.seal import Sealer
 from crdt_llm.errors import BadProof, LocalMisuse, StoreFailed, Unavailable
-from crdt_llm.sync.client import Client
+from crdt_llm.sync.client.client import Client
 
 if TYPE_CHECKING:
     from pathlib import Path

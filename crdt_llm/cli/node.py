@@ -45,9 +45,9 @@ from crdt_llm.inference.node.reply import Identity
 from crdt_llm.inference.node.seat import Lease, Surroundings
 from crdt_llm.inference.prompt.renderer import Renderer
 from crdt_llm.inference.prompt.tokens import Vocabulary
-from crdt_llm.sync.dial import Address, native_dial
-from crdt_llm.sync.frames import NAME_CHARACTERS_MAX
-from crdt_llm.sync.node_link import SEATS_MAX, Calls, NodeLink
+from crdt_llm.sync.node.link import SEATS_MAX, Calls, NodeLink
+from crdt_llm.sync.transport.dial import Address, native_dial
+from crdt_llm.sync.wire.frames import NAME_CHARACTERS_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
     from crdt_llm.cli.engine_options import EngineOptions
     from crdt_llm.inference.contract import Engine
-    from crdt_llm.sync.node_link import NodeSeat
+    from crdt_llm.sync.node.link import NodeSeat
 
 logger = logging.getLogger("crdt_llm.cli")
 

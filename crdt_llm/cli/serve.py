@@ -27,15 +27,15 @@ from crdt_llm.store.archive import Archive
 from crdt_llm.store.register import SqliteRegister
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.store.token_ledger import TokenLedger
-from crdt_llm.sync.access import Authority, load_or_create_token
-from crdt_llm.sync.conversation_list import ConversationLists
-from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.leases import TTL_S, LeaseOffice
-from crdt_llm.sync.metrics import Metrics
-from crdt_llm.sync.native_peer import RelayIdentity
-from crdt_llm.sync.relay import Relay
-from crdt_llm.sync.requests import Requests
-from crdt_llm.sync.static_page import StaticPage
+from crdt_llm.sync.relay.access import Authority, load_or_create_token
+from crdt_llm.sync.relay.conversation_list import ConversationLists
+from crdt_llm.sync.relay.hub import Hub
+from crdt_llm.sync.relay.leases import TTL_S, LeaseOffice
+from crdt_llm.sync.relay.metrics import Metrics
+from crdt_llm.sync.relay.native_peer import RelayIdentity
+from crdt_llm.sync.relay.requests import Requests
+from crdt_llm.sync.relay.server import Relay
+from crdt_llm.sync.relay.static_page import StaticPage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

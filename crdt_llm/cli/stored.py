@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from crdt_llm.document.conversation import CLIENT_ID_BITS, Conversation
 from crdt_llm.errors import Corrupt, LocalMisuse, MalformedMessage, StoreFailed
 from crdt_llm.store import sqlite_file
-from crdt_llm.sync.journal import Kept
+from crdt_llm.sync.client.journal import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

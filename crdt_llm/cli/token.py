@@ -3,7 +3,7 @@
 This module owns what is asked for and what is printed, the keys of nodes among it: a relay binds
 each to the principal whose token it first came with. It works beside a running relay, which hears
 of a revocation within seconds, and of a released key at once; what a token says and how it is
-signed is :mod:`crdt_llm.sync.access`'s.
+signed is :mod:`crdt_llm.sync.relay.access`'s.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from crdt_llm.document.keys import load_or_create_secret, written_key
 from crdt_llm.document.schema import Grant, is_conversation_id
 from crdt_llm.errors import LocalMisuse, StoreFailed
 from crdt_llm.store.token_ledger import TokenLedger
-from crdt_llm.sync.access import Authority, load_or_create_token
+from crdt_llm.sync.relay.access import Authority, load_or_create_token
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -15,8 +15,8 @@ from crdt_llm.conformance.connection import Broken, Native
 from crdt_llm.conformance.device import Device
 from crdt_llm.document.schema import State
 from crdt_llm.errors import ConnectionLost
-from crdt_llm.sync.frames import Ack, Answer, Request
-from crdt_llm.sync.wire import decode_state_vector
+from crdt_llm.sync.wire.frames import Ack, Answer, Request
+from crdt_llm.sync.wire.y_websocket import decode_state_vector
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -17,8 +17,8 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from websockets.typing import Subprotocol
 
 from crdt_llm.errors import ConnectionLost, CrdtLlmError, MalformedMessage
-from crdt_llm.sync import frames, wire
-from crdt_llm.sync.frames import SUBPROTOCOL, VERSION, Closed, Hello, Welcome
+from crdt_llm.sync.wire import frames, y_websocket
+from crdt_llm.sync.wire.frames import SUBPROTOCOL, VERSION, Closed, Hello, Welcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -217,7 +217,7 @@ class Plain:
                 f"{endpoint.url}/{conversation}",
                 additional_headers={"Authorization": f"Bearer {token}"},
                 compression=None,
-                max_size=wire.FRAME_BYTES_MAX,
+                max_size=y_websocket.FRAME_BYTES_MAX,
                 open_timeout=endpoint.deadline_s,
                 ping_interval=None,
                 close_timeout=1,
@@ -226,9 +226,9 @@ class Plain:
             raise Broken(f"no connection in the plain dialect: {_why(error)}") from error
         return cls(socket, endpoint.deadline_s)
 
-    async def send(self, message: wire.Message) -> None:
+    async def send(self, message: y_websocket.Message) -> None:
         """Send a message."""
-        await self._socket.send(wire.encode(message))
+        await self._socket.send(y_websocket.encode(message))
 
     async def expect(self, kind: type[_Frame]) -> _Frame:
         """The next message of a kind; others are dropped.
@@ -241,7 +241,7 @@ class Plain:
             async with asyncio.timeout(self._deadline_s):
                 while True:
                     data = await self._socket.recv()
-                    message = wire.decode(data if isinstance(data, bytes) else data.encode())
+                    message = y_websocket.decode(data if isinstance(data, bytes) else data.encode())
                     if isinstance(message, kind):
                         return message
         except TimeoutError:

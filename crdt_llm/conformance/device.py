@@ -24,7 +24,7 @@ from crdt_llm.document.schema import (
     entry_id,
 )
 from crdt_llm.errors import ConnectionLost
-from crdt_llm.sync.frames import (
+from crdt_llm.sync.wire.frames import (
     Ack,
     Change,
     Closed,
@@ -35,7 +35,7 @@ from crdt_llm.sync.frames import (
     State,
     Update,
 )
-from crdt_llm.sync.wire import decode_state_vector
+from crdt_llm.sync.wire.y_websocket import decode_state_vector
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,7 +20,7 @@ from crdt_llm.conformance.case import (
 )
 from crdt_llm.document.chain import verify_path
 from crdt_llm.document.schema import Params, Role, State
-from crdt_llm.sync.frames import Ack
+from crdt_llm.sync.wire.frames import Ack
 
 if TYPE_CHECKING:
     from crdt_llm.conformance.case import (

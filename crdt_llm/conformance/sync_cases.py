@@ -14,8 +14,8 @@ from crdt_llm.conformance.connection import Plain
 from crdt_llm.conformance.device import CHANNEL
 from crdt_llm.document.conversation import EMPTY_STATE_VECTOR
 from crdt_llm.errors import ConnectionLost
-from crdt_llm.sync import frames, wire
-from crdt_llm.sync.frames import (
+from crdt_llm.sync.wire import frames, y_websocket
+from crdt_llm.sync.wire.frames import (
     Ack,
     Change,
     Code,
@@ -268,7 +268,7 @@ async def carries_many_conversations(world: World) -> None:
 async def ends_presence_with_its_connection(world: World) -> None:
     """Who is cut off goes, for everyone, without waiting for an expiry."""
     first, second = await world.pair()
-    state = wire.AwarenessState(77, 1, json.dumps({"device": "phone"}))
+    state = y_websocket.AwarenessState(77, 1, json.dumps({"device": "phone"}))
     await _wire(first).send(Presence(CHANNEL, (state,)))
     await _presence(second, 77, present=True)
     first.cut()
@@ -299,13 +299,13 @@ async def speaks_to_stock_clients(world: World) -> None:
     stock = world.another(first, "stock")
     plain = await Plain.connect(world.endpoint, first.id, world.endpoint.token)
     try:
-        await plain.expect(wire.SyncStep1)
-        await plain.send(wire.SyncStep1(EMPTY_STATE_VECTOR))
-        await plain.send(wire.SyncStep2(b"\x00\x00"))
-        stock.replica.apply((await plain.expect(wire.SyncStep2)).update)
+        await plain.expect(y_websocket.SyncStep1)
+        await plain.send(y_websocket.SyncStep1(EMPTY_STATE_VECTOR))
+        await plain.send(y_websocket.SyncStep2(b"\x00\x00"))
+        stock.replica.apply((await plain.expect(y_websocket.SyncStep2)).update)
         require(stock.texts() == ("from the native side",), "the stock client lacks an entry")
         _, update = stock.say("from the stock side")
-        await plain.send(wire.SyncUpdate(update))
+        await plain.send(y_websocket.SyncUpdate(update))
         await first.until(lambda replica: len(replica.tree) == 2, "the stock client's entry")  # noqa: PLR2004
         require(covers(first, stock), "a native client lacks what a stock client has")
         require(first.texts() == stock.texts(), "a stock client and a native one show differently")

@@ -15,7 +15,7 @@ from crdt_llm.conformance.device import CHANNEL, Device
 from crdt_llm.document.conversation import EMPTY_STATE_VECTOR
 from crdt_llm.document.schema import Birth, Grant, Place, Role, State, conversation_id
 from crdt_llm.errors import ConnectionLost
-from crdt_llm.sync.frames import Ack, Closed, Code, Nack, Open
+from crdt_llm.sync.wire.frames import Ack, Closed, Code, Nack, Open
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,7 +20,7 @@ from websockets.exceptions import ConnectionClosed
 
 from crdt_llm import Client
 from crdt_llm.cli.folders import DataFolder
-from crdt_llm.sync.wire import decode, decode_state_vector
+from crdt_llm.sync.wire.y_websocket import decode, decode_state_vector
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection
 
     from crdt_llm.document.schema import Entry
-    from crdt_llm.sync.client import OpenConversation
-    from crdt_llm.sync.wire import Message
+    from crdt_llm.sync.client.client import OpenConversation
+    from crdt_llm.sync.wire.y_websocket import Message
 
 LONG: dict[str, Any] = {"temperature": 0.0, "max_tokens": 400, "ignore_eos": True}
 """A greedy reply that is still running when whatever is done to it has happened."""

@@ -13,7 +13,7 @@ from crdt_llm.document.schema import State
 if TYPE_CHECKING:
     from adversity.serving import Serving
 
-    from crdt_llm.sync.client import OpenConversation
+    from crdt_llm.sync.client.client import OpenConversation
 
 VERY_LONG: dict[str, Any] = LONG | {"max_tokens": 800}
 

@@ -13,8 +13,8 @@ from sync.device import Device
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from crdt_llm.document.schema import Birth, State, conversation_id
-from crdt_llm.sync.verdict import CloseCode
-from crdt_llm.sync.wire import (
+from crdt_llm.sync.wire.verdict import CloseCode
+from crdt_llm.sync.wire.y_websocket import (
     FRAME_BYTES_MAX,
     AuthDenied,
     SyncStep1,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from adversity.serving import Serving
 
-    from crdt_llm.sync.client import OpenConversation, Reply
+    from crdt_llm.sync.client.client import OpenConversation, Reply
 
 NOBODYS = conversation_id(Birth("owner", b"sixteen bytes 01"))
 

@@ -14,17 +14,17 @@ from websockets.asyncio.client import connect
 from websockets.typing import Subprotocol
 
 from crdt_llm.document.schema import State
-from crdt_llm.sync.frames import SUBPROTOCOL, Closed, Hello, Open, Opened, decode_from_relay
-from crdt_llm.sync.frames import encode as encode_frame
-from crdt_llm.sync.verdict import CloseCode
-from crdt_llm.sync.wire import AuthDenied, SyncUpdate, encode
+from crdt_llm.sync.wire.frames import SUBPROTOCOL, Closed, Hello, Open, Opened, decode_from_relay
+from crdt_llm.sync.wire.frames import encode as encode_frame
+from crdt_llm.sync.wire.verdict import CloseCode
+from crdt_llm.sync.wire.y_websocket import AuthDenied, SyncUpdate, encode
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from websockets.asyncio.client import ClientConnection
 
-    from crdt_llm.sync.client import OpenConversation
+    from crdt_llm.sync.client.client import OpenConversation
 
 
 def fill_disk(serving: Serving) -> None:

@@ -46,7 +46,7 @@ from crdt_llm.cli.token import authority_of
 from crdt_llm.document.conversation import EMPTY_UPDATE, Conversation
 from crdt_llm.document.schema import State
 from crdt_llm.document.seal import Sealer, place_of
-from crdt_llm.sync.frames import (
+from crdt_llm.sync.wire.frames import (
     SUBPROTOCOL,
     Hello,
     Nack,
@@ -57,7 +57,7 @@ from crdt_llm.sync.frames import (
     decode_from_relay,
     encode,
 )
-from crdt_llm.sync.wire import (
+from crdt_llm.sync.wire.y_websocket import (
     AwarenessState,
     AwarenessUpdate,
     QueryAwareness,
@@ -66,7 +66,7 @@ from crdt_llm.sync.wire import (
     SyncUpdate,
     decode,
 )
-from crdt_llm.sync.wire import encode as encode_plain
+from crdt_llm.sync.wire.y_websocket import encode as encode_plain
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 
     from crdt_llm.document.schema import Entry
     from crdt_llm.document.seal import Hidden
-    from crdt_llm.sync.client import OpenConversation
+    from crdt_llm.sync.client.client import OpenConversation
 
 HOT: Final[dict[str, Any]] = {"temperature": 1.5, "max_tokens": 40, "ignore_eos": True}
 """Sampled widely: runs of ids that nobody comes to by chance."""

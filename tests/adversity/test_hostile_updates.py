@@ -10,7 +10,7 @@ from hostile_updates import KINDS, a_world, is_same, run
 from sync.device import Device
 
 from crdt_llm.document.conversation import Conversation
-from crdt_llm.sync.wire import decode_state_vector
+from crdt_llm.sync.wire.y_websocket import decode_state_vector
 
 EACH = 110  # of each kind; the bench sends a hundred thousand
 

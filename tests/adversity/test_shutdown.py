@@ -12,7 +12,7 @@ import pytest
 from adversity.serving import LONG, SHORT, Serving, end_of, known_to_the_relay, sampled
 
 from crdt_llm.document.schema import State
-from crdt_llm.sync.verdict import CloseCode
+from crdt_llm.sync.wire.verdict import CloseCode
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,7 +20,7 @@ from crdt_llm.document.keys import load_or_create_secret
 from crdt_llm.document.schema import State
 from crdt_llm.errors import Refused
 from crdt_llm.store.sqlite import SqliteLog
-from crdt_llm.sync.access import load_or_create_token
+from crdt_llm.sync.relay.access import load_or_create_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -28,11 +28,11 @@ from crdt_llm.inference.contract import Sampled
 from crdt_llm.inference.engine import pipe
 from crdt_llm.inference.engine.process import EngineProcess
 from crdt_llm.store.sqlite import SqliteLog
-from crdt_llm.sync.access import TokenAccess
-from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.leases import LeaseOffice
-from crdt_llm.sync.native_peer import RelayIdentity
-from crdt_llm.sync.relay import Relay
+from crdt_llm.sync.relay.access import TokenAccess
+from crdt_llm.sync.relay.hub import Hub
+from crdt_llm.sync.relay.leases import LeaseOffice
+from crdt_llm.sync.relay.native_peer import RelayIdentity
+from crdt_llm.sync.relay.server import Relay
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

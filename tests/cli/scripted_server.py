@@ -23,12 +23,12 @@ from crdt_llm.inference.contract import Capabilities, Finished, Prefilled, Sampl
 from crdt_llm.inference.prompt.tokens import Vocabulary
 from crdt_llm.store.register import SqliteRegister
 from crdt_llm.store.sqlite import SqliteLog
-from crdt_llm.sync.access import Pass, TokenAccess, load_or_create_token
-from crdt_llm.sync.client import Client
-from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.leases import LeaseOffice
-from crdt_llm.sync.native_peer import RelayIdentity
-from crdt_llm.sync.relay import Relay
+from crdt_llm.sync.client.client import Client
+from crdt_llm.sync.relay.access import Pass, TokenAccess, load_or_create_token
+from crdt_llm.sync.relay.hub import Hub
+from crdt_llm.sync.relay.leases import LeaseOffice
+from crdt_llm.sync.relay.native_peer import RelayIdentity
+from crdt_llm.sync.relay.server import Relay
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from crdt_llm.cli.connection import Door
-    from crdt_llm.sync.client import OpenConversation
+    from crdt_llm.sync.client.client import OpenConversation
 
 NOWHERE = "http://127.0.0.1:9/"  # the discard port, where nobody listens
 UNKNOWN = "A" * 22

@@ -13,12 +13,12 @@ from crdt_llm.errors import (
     LocalMisuse,
     Unavailable,
 )
-from crdt_llm.sync.client import Client
+from crdt_llm.sync.client.client import Client
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from crdt_llm.sync.dial import Socket
+    from crdt_llm.sync.transport.dial import Socket
 
 
 class Failing(AbstractAsyncContextManager["Socket"]):

@@ -18,8 +18,8 @@ from crdt_llm.cli.dialogue import INTERRUPTED, Dialogue, wrap
 from crdt_llm.document import rules
 from crdt_llm.document.schema import Role
 from crdt_llm.errors import Refused
-from crdt_llm.sync import room
-from crdt_llm.sync.client import Client
+from crdt_llm.sync.client.client import Client
+from crdt_llm.sync.room import room
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pytest
 
     from crdt_llm.document.conversation import Change, Conversation
-    from crdt_llm.sync.client import OpenConversation
+    from crdt_llm.sync.client.client import OpenConversation
 
 
 class Screen(DummyOutput):

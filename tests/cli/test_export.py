@@ -11,7 +11,7 @@ from cli.scripted_server import Server
 from crdt_llm.cli.export import REDACTED, markdown
 from crdt_llm.cli.stored import fresh_client_id, load_stored
 from crdt_llm.document.conversation import Conversation
-from crdt_llm.sync.client import Client
+from crdt_llm.sync.client.client import Client
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

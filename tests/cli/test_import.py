@@ -9,7 +9,7 @@ from cli import shell
 from cli.scripted_server import Server
 
 from crdt_llm.cli.stored import list_stored, load_stored
-from crdt_llm.sync.client import Client
+from crdt_llm.sync.client.client import Client
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -12,14 +12,14 @@ from cli.scripted_server import FAIL, Server
 from crdt_llm.cli.inspect import Question, _ask_relay, run_inspect
 from crdt_llm.document.schema import State
 from crdt_llm.errors import BadProof, CrdtLlmError, LocalMisuse, ModelUnusable, StoreFailed
-from crdt_llm.sync.client import Client
-from crdt_llm.sync.wire import decode_state_vector
+from crdt_llm.sync.client.client import Client
+from crdt_llm.sync.wire.y_websocket import decode_state_vector
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from crdt_llm.sync.client import OpenConversation
+    from crdt_llm.sync.client.client import OpenConversation
 
 UNKNOWN = "A" * 22
 

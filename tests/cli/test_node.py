@@ -26,8 +26,8 @@ from crdt_llm.document.chain import verify_path
 from crdt_llm.document.keys import SigningKey
 from crdt_llm.document.schema import State
 from crdt_llm.errors import AuthenticationFailed, Corrupt, DataFolderBusy, Refused
-from crdt_llm.sync.dial import Address, native_dial
-from crdt_llm.sync.node_link import NodeLink
+from crdt_llm.sync.node.link import NodeLink
+from crdt_llm.sync.transport.dial import Address, native_dial
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -14,7 +14,7 @@ from crdt_llm.cli.folders import DataFolder
 from crdt_llm.cli.serve import KEYS, built_page, lock_folder, serve
 from crdt_llm.errors import Corrupt, DataFolderBusy
 from crdt_llm.store.sqlite import SqliteLog
-from crdt_llm.sync.metrics import Metrics
+from crdt_llm.sync.relay.metrics import Metrics
 
 if TYPE_CHECKING:
     from pathlib import Path

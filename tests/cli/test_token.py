@@ -11,7 +11,7 @@ from crdt_llm.cli.token import authority_of, read_duration, read_scopes
 from crdt_llm.document.keys import written_key
 from crdt_llm.document.schema import Grant
 from crdt_llm.errors import Forbidden, LocalMisuse
-from crdt_llm.sync.access import Pass, load_or_create_token
+from crdt_llm.sync.relay.access import Pass, load_or_create_token
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,7 +16,7 @@ from crdt_llm.document.schema import SALT_BYTES, State
 from crdt_llm.document.seal import FINAL_CHUNK, Hidden, Sealer, place_of
 from crdt_llm.inference.prompt.renderer import Renderer
 from crdt_llm.inference.prompt.tokens import Vocabulary
-from crdt_llm.sync.client import Client
+from crdt_llm.sync.client.client import Client
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,13 +17,13 @@ from crdt_llm.document.keys import SigningKey
 from crdt_llm.store.archive import Archive
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.store.token_ledger import TokenLedger
-from crdt_llm.sync import frames
-from crdt_llm.sync.access import Authority
-from crdt_llm.sync.conversation_list import ConversationLists
-from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.native_peer import RelayIdentity
-from crdt_llm.sync.relay import Relay
-from crdt_llm.sync.requests import Requests
+from crdt_llm.sync.relay.access import Authority
+from crdt_llm.sync.relay.conversation_list import ConversationLists
+from crdt_llm.sync.relay.hub import Hub
+from crdt_llm.sync.relay.native_peer import RelayIdentity
+from crdt_llm.sync.relay.requests import Requests
+from crdt_llm.sync.relay.server import Relay
+from crdt_llm.sync.wire import frames
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection
     from websockets.asyncio.server import ServerConnection
 
-    from crdt_llm.sync.frames import FromClient, FromRelay
+    from crdt_llm.sync.wire.frames import FromClient, FromRelay
 
 TOKEN = "the-owners-own-token"  # noqa: S105 - of a relay that lives for a second
 DEADLINE_S = 20.0  # nothing waits that long but what is broken

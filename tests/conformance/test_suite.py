@@ -13,7 +13,7 @@ from conformance.endpoints import behind, relay
 from crdt_llm.conformance.case import Need
 from crdt_llm.conformance.run import CASES, run
 from crdt_llm.errors import CrdtLlmError
-from crdt_llm.sync.frames import (
+from crdt_llm.sync.wire.frames import (
     Ack,
     Change,
     Closed,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from crdt_llm.conformance.connection import Endpoint
-    from crdt_llm.sync.frames import FromClient, FromRelay
+    from crdt_llm.sync.wire.frames import FromClient, FromRelay
 
 PAGE = Path(__file__).parents[2] / "protocol" / "CONFORMANCE.md"
 WITHOUT_A_NODE = [case for case in CASES if not case.needs]

@@ -42,7 +42,7 @@ from crdt_llm.document.schema import (
     entry_id,
 )
 from crdt_llm.errors import LocalMisuse, MalformedMessage
-from crdt_llm.sync.structure import find_gap, read_update
+from crdt_llm.sync.update.structure import find_gap, read_update
 
 VECTORS = Path(__file__).resolve().parents[2] / "protocol" / "vectors" / "documents.json"
 BIRTH = Birth("olga", b"n" * 16)

@@ -31,9 +31,9 @@ from crdt_llm.inference.prompt.renderer import ParentTail, Renderer
 from crdt_llm.inference.prompt.tokens import Vocabulary
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
 from crdt_llm.store.register import MemoryRegister
-from crdt_llm.sync.leases import LeaseOffice
-from crdt_llm.sync.relay import TICK_S
-from crdt_llm.sync.replica_file import ReplicaFile
+from crdt_llm.sync.client.replica_file import ReplicaFile
+from crdt_llm.sync.relay.leases import LeaseOffice
+from crdt_llm.sync.relay.server import TICK_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from crdt_llm.inference.node.workplace import Workplace
     from crdt_llm.store.memory import MemorySeam
     from crdt_llm.store.register import Row
-    from crdt_llm.sync.client import OpenConversation
-    from crdt_llm.sync.hub import Hub
+    from crdt_llm.sync.client.client import OpenConversation
+    from crdt_llm.sync.relay.hub import Hub
 
 DEVICES: Final = ("laptop", "phone", "tablet")
 

@@ -49,12 +49,12 @@ from crdt_llm.inference.prompt.renderer import Renderer
 from crdt_llm.inference.prompt.tokens import Vocabulary
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
 from crdt_llm.store.register import MemoryRegister
-from crdt_llm.sync.access import Pass
-from crdt_llm.sync.frames import Code, Nack, Open, decode_from_client, decode_from_relay
-from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.leases import LeaseOffice
-from crdt_llm.sync.native_peer import NativeConnection, RelayIdentity
-from crdt_llm.sync.node_link import Calls, NodeLink
+from crdt_llm.sync.node.link import Calls, NodeLink
+from crdt_llm.sync.relay.access import Pass
+from crdt_llm.sync.relay.hub import Hub
+from crdt_llm.sync.relay.leases import LeaseOffice
+from crdt_llm.sync.relay.native_peer import NativeConnection, RelayIdentity
+from crdt_llm.sync.wire.frames import Code, Nack, Open, decode_from_client, decode_from_relay
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from crdt_llm.inference.contract import Engine, GenerationEvent, SamplingParams
     from crdt_llm.store.memory import MemorySeam
     from crdt_llm.store.register import Row
-    from crdt_llm.sync.hub import Membership
+    from crdt_llm.sync.relay.hub import Membership
 
 OWNER: Final = "owner"
 NODES: Final = ("ada", "bob", "cyd")

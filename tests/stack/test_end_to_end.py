@@ -14,7 +14,7 @@ from stack.served_process import ServedProcess
 from crdt_llm import Client
 from crdt_llm.document.chain import verify_path
 from crdt_llm.document.schema import State
-from crdt_llm.sync.wire import decode_state_vector
+from crdt_llm.sync.wire.y_websocket import decode_state_vector
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from crdt_llm.document.conversation import Conversation
     from crdt_llm.document.schema import Entry
-    from crdt_llm.sync.client import OpenConversation, Sampling
+    from crdt_llm.sync.client.client import OpenConversation, Sampling
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -14,11 +14,11 @@ from crdt_llm.cli.embedded_node import make_node
 from crdt_llm.cli.folders import DataFolder
 from crdt_llm.document.keys import SigningKey
 from crdt_llm.store.sqlite import SqliteLog
-from crdt_llm.sync.access import TokenAccess
-from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.leases import LeaseOffice
-from crdt_llm.sync.relay import Relay
-from crdt_llm.sync.wire import decode_state_vector
+from crdt_llm.sync.relay.access import TokenAccess
+from crdt_llm.sync.relay.hub import Hub
+from crdt_llm.sync.relay.leases import LeaseOffice
+from crdt_llm.sync.relay.server import Relay
+from crdt_llm.sync.wire.y_websocket import decode_state_vector
 
 if TYPE_CHECKING:
     from pathlib import Path

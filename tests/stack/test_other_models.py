@@ -19,7 +19,7 @@ from crdt_llm.document.schema import State
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from crdt_llm.sync.client import Sampling
+    from crdt_llm.sync.client.client import Sampling
 
 TOKENS = 300
 DIFFERENCE_MAX = 0.5

@@ -34,8 +34,9 @@ from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.schema import ENDED, State
 from crdt_llm.inference.prompt.transcript import Transcript
 from crdt_llm.inference.replay.replay import replay
-from crdt_llm.sync import local_replica, upkeep
-from crdt_llm.sync.wire import decode_state_vector
+from crdt_llm.sync.client import local_replica
+from crdt_llm.sync.room import upkeep
+from crdt_llm.sync.wire.y_websocket import decode_state_vector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
     from crdt_llm.document.schema import Entry
     from crdt_llm.inference.engine.process import EngineProcess
-    from crdt_llm.sync.client import OpenConversation, Sampling
+    from crdt_llm.sync.client.client import OpenConversation, Sampling
 
 # A failure is made smaller for up to five minutes before it is shown.
 pytestmark = pytest.mark.timeout(900)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from crdt_llm.document.conversation import Conversation
     from crdt_llm.document.schema import Entry
-    from crdt_llm.sync.client import OpenConversation, Sampling
+    from crdt_llm.sync.client.client import OpenConversation, Sampling
 
 TOKENS: Final = 900  # about a second of the tiny model
 LEASE_TTL_S: Final = 2.0  # twice the test waits until one has run out

@@ -22,11 +22,11 @@ from crdt_llm.inference.node import generation
 from crdt_llm.inference.prompt.renderer import ParentTail
 from crdt_llm.store.register import SqliteRegister
 from crdt_llm.store.sqlite import SqliteLog
-from crdt_llm.sync.access import TokenAccess, load_or_create_token
-from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.leases import LeaseOffice
-from crdt_llm.sync.native_peer import RelayIdentity
-from crdt_llm.sync.relay import Relay
+from crdt_llm.sync.relay.access import TokenAccess, load_or_create_token
+from crdt_llm.sync.relay.hub import Hub
+from crdt_llm.sync.relay.leases import LeaseOffice
+from crdt_llm.sync.relay.native_peer import RelayIdentity
+from crdt_llm.sync.relay.server import Relay
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from crdt_llm.document.schema import Entry
     from crdt_llm.inference.contract import Capabilities, Engine, GenerationEvent, SamplingParams
     from crdt_llm.inference.node.node import Node
-    from crdt_llm.sync.client import OpenConversation, Reply, Sampling
+    from crdt_llm.sync.client.client import OpenConversation, Reply, Sampling
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

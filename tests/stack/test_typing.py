@@ -12,14 +12,14 @@ from stack.test_turn_costs import GREEDY, Stack, done, two_devices
 
 from crdt_llm.inference.engine.process import EngineProcess
 from crdt_llm.inference.node import presence
-from crdt_llm.sync.drafts import NOTHING, Said
+from crdt_llm.sync.wire.draft import NOTHING, Said
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
     from crdt_llm.inference.contract import Prefilled
-    from crdt_llm.sync.wire import AwarenessState
+    from crdt_llm.sync.wire.y_websocket import AwarenessState
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

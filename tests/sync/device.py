@@ -8,8 +8,8 @@ from sync.plain_link import Asked, Offered, PlainLink
 
 from crdt_llm.document.conversation import EMPTY_UPDATE, Conversation
 from crdt_llm.document.schema import Birth, Born, Role, conversation_id, entry_id
-from crdt_llm.sync.structure import find_gap, read_update
-from crdt_llm.sync.wire import decode_state_vector
+from crdt_llm.sync.update.structure import find_gap, read_update
+from crdt_llm.sync.wire.y_websocket import decode_state_vector
 
 if TYPE_CHECKING:
     from random import Random

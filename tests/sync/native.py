@@ -9,8 +9,9 @@ from sync.device import CONVERSATION, Device
 
 from crdt_llm.document.conversation import EMPTY_STATE_VECTOR
 from crdt_llm.errors import AuthenticationFailed
-from crdt_llm.sync.access import Pass
-from crdt_llm.sync.frames import (
+from crdt_llm.sync.relay.access import Pass
+from crdt_llm.sync.relay.native_peer import NativeConnection, RelayIdentity
+from crdt_llm.sync.wire.frames import (
     VERSION,
     Change,
     Hello,
@@ -22,12 +23,11 @@ from crdt_llm.sync.frames import (
     decode_from_relay,
     encode,
 )
-from crdt_llm.sync.native_peer import NativeConnection, RelayIdentity
 
 if TYPE_CHECKING:
     from sync.rooms import Place
 
-    from crdt_llm.sync.frames import FromClient, FromRelay
+    from crdt_llm.sync.wire.frames import FromClient, FromRelay
 
 IDENTITY = RelayIdentity(b"k" * 32, "the log")
 PASSES = {name: Pass(name) for name in ("owner", "friend", "stranger")} | {

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from crdt_llm.sync.wire import (
+from crdt_llm.sync.wire.y_websocket import (
     AwarenessState,
     AwarenessUpdate,
     QueryAwareness,
@@ -19,7 +19,7 @@ from crdt_llm.sync.wire import (
 )
 
 if TYPE_CHECKING:
-    from crdt_llm.sync.wire import Message
+    from crdt_llm.sync.wire.y_websocket import Message
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,19 +19,19 @@ from crdt_llm.store.archive import Archive
 from crdt_llm.store.register import SqliteRegister
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.store.token_ledger import TokenLedger
-from crdt_llm.sync.access import Authority
-from crdt_llm.sync.conversation_list import ConversationLists
-from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.native_peer import RelayIdentity
-from crdt_llm.sync.relay import Relay
-from crdt_llm.sync.requests import Requests
+from crdt_llm.sync.relay.access import Authority
+from crdt_llm.sync.relay.conversation_list import ConversationLists
+from crdt_llm.sync.relay.hub import Hub
+from crdt_llm.sync.relay.native_peer import RelayIdentity
+from crdt_llm.sync.relay.requests import Requests
+from crdt_llm.sync.relay.server import Relay
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from crdt_llm.document.conversation import Writer
-    from crdt_llm.sync.hub import Membership
+    from crdt_llm.sync.relay.hub import Membership
 
 TOKEN = "a token"  # noqa: S105 - the key to a server that lives for one test
 RELAY = SigningKey(bytes(32))

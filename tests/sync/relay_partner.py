@@ -19,7 +19,8 @@ from websockets.typing import Subprotocol
 
 from crdt_llm.document.conversation import EMPTY_UPDATE, Conversation
 from crdt_llm.document.schema import Place, State, Usage
-from crdt_llm.sync.frames import (
+from crdt_llm.sync.update.structure import find_gap, read_update
+from crdt_llm.sync.wire.frames import (
     SUBPROTOCOL,
     VERSION,
     Ack,
@@ -44,11 +45,10 @@ from crdt_llm.sync.frames import (
     decode_from_client,
     encode,
 )
-from crdt_llm.sync.frames import (
+from crdt_llm.sync.wire.frames import (
     State as StateFrame,
 )
-from crdt_llm.sync.structure import find_gap, read_update
-from crdt_llm.sync.wire import decode_state_vector
+from crdt_llm.sync.wire.y_websocket import decode_state_vector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
     from websockets.asyncio.server import Server, ServerConnection
 
     from crdt_llm.document.conversation import Writer
-    from crdt_llm.sync.frames import FromClient, FromRelay
-    from crdt_llm.sync.wire import AwarenessState
+    from crdt_llm.sync.wire.frames import FromClient, FromRelay
+    from crdt_llm.sync.wire.y_websocket import AwarenessState
 
 TOKEN = "open sesame"  # noqa: S105 - the key to a server that lives for one test
 

@@ -13,15 +13,15 @@ from crdt_llm.document.keys import SigningKey
 from crdt_llm.errors import StoreFailed
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
 from crdt_llm.store.register import MemoryRegister
-from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.refusal_rate import RefusalRate
+from crdt_llm.sync.relay.hub import Hub
+from crdt_llm.sync.room.refusal_rate import RefusalRate
 
 if TYPE_CHECKING:
     from crdt_llm.errors import CrdtLlmError
     from crdt_llm.store.log import Loaded
     from crdt_llm.store.memory import MemorySeam
     from crdt_llm.store.register import RegisterSeam, Row
-    from crdt_llm.sync.hub import Membership
+    from crdt_llm.sync.relay.hub import Membership
 
 
 class CountingLog(MemoryLog):

@@ -13,9 +13,9 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from crdt_llm.errors import AuthenticationFailed, ConnectionLost, Stopping
-from crdt_llm.sync.access import Pass
-from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.native_peer import NativeConnection, RelayIdentity
+from crdt_llm.sync.relay.access import Pass
+from crdt_llm.sync.relay.hub import Hub
+from crdt_llm.sync.relay.native_peer import NativeConnection, RelayIdentity
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Mapping
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from crdt_llm.store.log import UpdateLog
     from crdt_llm.store.register import Register
-    from crdt_llm.sync.dial import Dial
+    from crdt_llm.sync.transport.dial import Dial
 
 
 class _Selector(selectors.SelectSelector):

@@ -16,12 +16,12 @@ from websockets.asyncio.client import connect
 
 from crdt_llm.document.conversation import Conversation
 from crdt_llm.store.sqlite import SqliteLog
-from crdt_llm.sync.access import TokenAccess
-from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.relay import Relay
-from crdt_llm.sync.verdict import CloseCode
-from crdt_llm.sync.wire import SyncStep1, SyncStep2, decode, encode
-from crdt_llm.sync.wire import decode_state_vector as clocks
+from crdt_llm.sync.relay.access import TokenAccess
+from crdt_llm.sync.relay.hub import Hub
+from crdt_llm.sync.relay.server import Relay
+from crdt_llm.sync.wire.verdict import CloseCode
+from crdt_llm.sync.wire.y_websocket import SyncStep1, SyncStep2, decode, encode
+from crdt_llm.sync.wire.y_websocket import decode_state_vector as clocks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -25,20 +25,20 @@ from sync.rooms import turns
 from crdt_llm.document.conversation import Conversation
 from crdt_llm.errors import CrdtLlmError, MalformedMessage, StoreFailed
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
-from crdt_llm.sync import outbox as outbox_module
-from crdt_llm.sync import room as room_module
-from crdt_llm.sync import upkeep as upkeep_module
-from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.peer import RemotePeer
-from crdt_llm.sync.room import STORE_PAUSE_MAX_S
-from crdt_llm.sync.structure import brings, find_gap, read_update
-from crdt_llm.sync.wire import decode_state_vector
+from crdt_llm.sync.relay import outbox as outbox_module
+from crdt_llm.sync.relay.hub import Hub
+from crdt_llm.sync.relay.plain_peer import RemotePeer
+from crdt_llm.sync.room import room as room_module
+from crdt_llm.sync.room import upkeep as upkeep_module
+from crdt_llm.sync.room.room import STORE_PAUSE_MAX_S
+from crdt_llm.sync.update.structure import brings, find_gap, read_update
+from crdt_llm.sync.wire.y_websocket import decode_state_vector
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from crdt_llm.store.memory import MemorySeam
-    from crdt_llm.sync.hub import Membership
+    from crdt_llm.sync.relay.hub import Membership
 
 SEEDS = 40
 STEPS = 300

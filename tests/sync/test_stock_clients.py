@@ -18,8 +18,15 @@ from sync.device import AT_MS, BIRTH, CONVERSATION
 from sync.rooms import Place, turns
 
 from crdt_llm.document.schema import entry_id
-from crdt_llm.sync.peer import RemotePeer
-from crdt_llm.sync.wire import SyncStep1, SyncStep2, SyncUpdate, decode, decode_state_vector, encode
+from crdt_llm.sync.relay.plain_peer import RemotePeer
+from crdt_llm.sync.wire.y_websocket import (
+    SyncStep1,
+    SyncStep2,
+    SyncUpdate,
+    decode,
+    decode_state_vector,
+    encode,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable

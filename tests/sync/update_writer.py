@@ -6,7 +6,7 @@ import json
 import struct
 from typing import TYPE_CHECKING, Any
 
-from crdt_llm.sync.structure import (
+from crdt_llm.sync.update.structure import (
     Format,
     Id,
     Kind,
@@ -16,7 +16,7 @@ from crdt_llm.sync.structure import (
     TypeRef,
     Undefined,
 )
-from crdt_llm.sync.wire import write_var_string, write_var_uint
+from crdt_llm.sync.wire.y_websocket import write_var_string, write_var_uint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

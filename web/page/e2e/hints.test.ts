@@ -5,7 +5,7 @@ import type { Browser } from 'playwright-core'
 import { beforeAll, expect, test } from 'vitest'
 import { Device, launch, type Stack, sharedStack } from './stack'
 
-const DRAFT = 6 // the kind of the frame; see crdt_llm/sync/frames.py
+const DRAFT = 6 // the kind of the frame; see crdt_llm/sync/wire/frames.py
 
 let stack: Stack
 let browser: Browser

@@ -73,7 +73,7 @@ export interface PresenceFrame {
   readonly states: readonly AwarenessState[]
 }
 
-/** What a client sends. Each is explained in `crdt_llm/sync/frames.py`. */
+/** What a client sends. Each is explained in `crdt_llm/sync/wire/frames.py`. */
 export type FromClient =
   | {
       readonly kind: 'hello'
@@ -167,7 +167,7 @@ export interface Answer {
   readonly reason: string
 }
 
-/** What a relay sends. Each is explained in `crdt_llm/sync/frames.py`. */
+/** What a relay sends. Each is explained in `crdt_llm/sync/wire/frames.py`. */
 export type FromRelay =
   | PresenceFrame
   | Welcome

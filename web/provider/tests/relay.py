@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 from crdt_llm.store.sqlite import SqliteLog
-from crdt_llm.sync.access import Pass
-from crdt_llm.sync.hub import Hub
-from crdt_llm.sync.native_peer import RelayIdentity
-from crdt_llm.sync.relay import Relay
+from crdt_llm.sync.relay.access import Pass
+from crdt_llm.sync.relay.hub import Hub
+from crdt_llm.sync.relay.native_peer import RelayIdentity
+from crdt_llm.sync.relay.server import Relay
 
 
 async def main(folder: str, port: str) -> None:
