@@ -3,15 +3,20 @@
 This module owns the sealed form of a reply's hidden state: which ids the model read and sampled,
 of what kind, under which model, renderer and parameters. It knows no tokenizer: ids are numbers.
 
-Byte-exact form of one blob in ``sealed``: MessagePack ``[1, key id, nonce, ciphertext,
+Byte-exact form of one blob in ``sealed``: MessagePack ``[2, key id, nonce, ciphertext,
 signature]``. The cipher is ChaCha20-Poly1305 (RFC 8439) with a random nonce of 12 bytes; the key
 is HKDF-SHA256 (RFC 5869) of the master key, no salt, info ``"crdt-llm/1/seal" ‖ conversation id``;
 the associated data is ``conversation id ‖ entry id ‖ chunk number (uint32, big-endian)``. The one
 blob that replaces the chunks at a reply's end has the chunk number ``2^32 - 1``. The signature is
-the node's, over ``"crdt-llm/1/chunk" ‖ conversation id ‖ entry id ‖ parent's digest ‖ epoch
-(uint64) ‖ chunk number (uint32) ‖ SHA-256(text so far)``; the epoch is that of the reply's place,
-or the later one of a node that took the reply over. The plaintext is the MessagePack map of
+the node's, over ``"crdt-llm/2/chunk" ‖ conversation id ‖ entry id ‖ parent's digest ‖ epoch
+(uint64) ‖ chunk number (uint32) ‖ SHA-256(text so far) ‖ SHA-256(MessagePack of reads, or nil) ‖
+SHA-256(key id ‖ nonce ‖ ciphertext)``; the epoch is that of the reply's place, or the later one of
+a node that took the reply over. So whoever has no key can still tell that this is what a node
+sealed, and that the reply was answered from what it says. The plaintext is the MessagePack map of
 :meth:`Hidden.plain`.
+
+Blobs of the first form begin with 1, and their signature, over ``"crdt-llm/1/chunk" ‖ …``, ends
+with the text's hash. They are read, and not written any more.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import struct
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgpack
 from cryptography.exceptions import InvalidTag
@@ -39,7 +44,11 @@ if TYPE_CHECKING:
     from crdt_llm.document.keys import SigningKey
     from crdt_llm.document.schema import Entry
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+FORMAT_BEFORE: Final = 1
+"""Its signatures say nothing of what is sealed."""
+
+_FORMATS: Final = (FORMAT_BEFORE, FORMAT)
 NONCE_BYTES: Final = 12
 FINAL_CHUNK: Final = 2**32 - 1
 KEY_ID_BYTES: Final = 8
@@ -133,6 +142,7 @@ class Where:
     parent: bytes  # the parent's chain digest
     epoch: int
     chunk: int
+    reads: tuple[str, ...] | None = None  # as the reply says it
 
     def at(self, chunk: int) -> Where:
         """The place of another chunk of the same reply."""
@@ -142,17 +152,26 @@ class Where:
         """What the cipher binds the blob to."""
         return self.conversation.encode() + self.entry.encode() + self.chunk.to_bytes(4)
 
-    def signed(self, text: str) -> bytes:
-        """What the node signs: the place, and the text as it stood with this chunk."""
-        return (
-            b"crdt-llm/1/chunk"
-            + self.conversation.encode()
+    def signed(self, text: str, sealed: bytes | None) -> bytes:
+        """What the node signs: the place, the text as it stood with this chunk, what is sealed.
+
+        Args:
+            text: The text.
+            sealed: The key id, the nonce and the ciphertext; ``None`` in a blob of the first form.
+        """
+        place = (
+            self.conversation.encode()
             + self.entry.encode()
             + self.parent
             + self.epoch.to_bytes(8)
             + self.chunk.to_bytes(4)
             + hashlib.sha256(text.encode()).digest()
         )
+        if sealed is None:
+            return b"crdt-llm/1/chunk" + place
+        reads: bytes = msgpack.packb(None if self.reads is None else list(self.reads))
+        rest = hashlib.sha256(reads).digest() + hashlib.sha256(sealed).digest()
+        return b"crdt-llm/2/chunk" + place + rest
 
 
 def place_of(conversation: Conversation, reply: Entry, chunk: int = 0) -> Where:
@@ -164,7 +183,7 @@ def place_of(conversation: Conversation, reply: Entry, chunk: int = 0) -> Where:
     if reply.place is None:
         raise BadProof("it has no place")
     parent = parent_digest(conversation, reply.place.parent)
-    return Where(conversation.id or "", reply.id, parent, reply.place.epoch, chunk)
+    return Where(conversation.id or "", reply.id, parent, reply.place.epoch, chunk, reply.reads)
 
 
 class Sealer:
@@ -197,7 +216,7 @@ class Sealer:
         nonce = self._random(NONCE_BYTES)
         plain: bytes = msgpack.packb(hidden.plain(), use_bin_type=True)
         sealed = self._cipher(where.conversation).encrypt(nonce, plain, where.associated())
-        signature = key.sign(where.signed(text))
+        signature = key.sign(where.signed(text, self.key_id.encode() + nonce + sealed))
         blob: bytes = msgpack.packb([FORMAT, self.key_id, nonce, sealed, signature])
         return blob
 
@@ -207,7 +226,8 @@ class Sealer:
         Raises:
             BadProof: it was sealed with another key, for another place, or was changed.
         """
-        key_id, nonce, sealed, _ = _parts(blob)
+        parts = _parts(blob)
+        key_id, nonce, sealed = parts.key_id, parts.nonce, parts.ciphertext
         if key_id != self.key_id:
             raise BadProof(f"sealed with key {key_id}, ours is {self.key_id}")
         try:
@@ -244,16 +264,37 @@ class Sealer:
             return None  # then it must be chunk 0, and `open` says what is wrong if it is not
 
 
-def _parts(blob: bytes) -> tuple[str, bytes, bytes, bytes]:
+class _Parts(NamedTuple):
+    """One blob, taken apart."""
+
+    form: int
+    key_id: str
+    nonce: bytes
+    ciphertext: bytes
+    signature: bytes
+
+    @property
+    def sealed(self) -> bytes | None:
+        """What its signature covers of it."""
+        if self.form == FORMAT_BEFORE:
+            return None
+        return self.key_id.encode() + self.nonce + self.ciphertext
+
+
+def _parts(blob: bytes) -> _Parts:
     try:
         parts = msgpack.unpackb(blob)
     except (ValueError, msgpack.UnpackException) as error:
         raise BadProof("a sealed field is no MessagePack") from error
     match parts:
-        case [1, str(key_id), bytes(nonce), bytes(sealed), bytes(signature)]:
-            return key_id, nonce, sealed, signature
+        case [int(form), str(), bytes(), bytes(), bytes()] if form in _FORMATS:
+            found = _Parts(*parts)
         case _:
             raise BadProof("a sealed field has not the form of one")
+    # Else bytes could move from one to the other, and the signature over all of them would hold.
+    if len(found.key_id) != 2 * KEY_ID_BYTES or len(found.nonce) != NONCE_BYTES:
+        raise BadProof("a sealed field has not the form of one")
+    return found
 
 
 def verify_chunk(
@@ -274,10 +315,11 @@ def verify_chunk(
     Raises:
         BadProof: no node did.
     """
+    parts = _parts(blob)
     return verify_under_lease(
         conversation,
-        lambda epoch: replace(where, epoch=epoch).signed(text),
-        _parts(blob)[3],
+        lambda epoch: replace(where, epoch=epoch).signed(text, parts.sealed),
+        parts.signature,
         first=where.epoch,
         relay=relay,
     )

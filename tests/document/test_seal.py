@@ -6,7 +6,7 @@ import hashlib
 import random
 import struct
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 import pytest
@@ -21,6 +21,9 @@ from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.keys import SigningKey
 from crdt_llm.document.seal import FINAL_CHUNK, Hidden, Kind, Sealer, Where, verify_chunk
 from crdt_llm.errors import BadProof
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MASTER, NODE = b"m" * 32, SigningKey(b"k" * 32)
 RELAY, SUCCESSOR = SigningKey(b"r" * 32), SigningKey(b"s" * 32)
@@ -78,7 +81,7 @@ def test_a_blob_is_what_its_description_says() -> None:
     """A second writing, from the description alone."""
     blob = sealer().seal(HIDDEN, WHERE, "text", NODE)
     version, key_id, nonce, ciphertext, signature = msgpack.unpackb(blob)
-    assert version == 1
+    assert version == 2
     assert key_id == hashlib.sha256(b"crdt-llm/1/key" + MASTER).hexdigest()[:16]
     assert len(nonce) == 12
     info = b"crdt-llm/1/seal" + b"conversation"
@@ -93,9 +96,46 @@ def test_a_blob_is_what_its_description_says() -> None:
         "renderer": "renderer",
         "params": {"seed": 7, "temperature": 0.5},
     }
-    signed = b"crdt-llm/1/chunk" + b"conversation" + b"entry" + b"p" * 32
+    signed = b"conversation" + b"entry" + b"p" * 32
     signed += struct.pack(">QI", 3, 0) + hashlib.sha256(b"text").digest()
-    assert signature == NODE.sign(signed)
+    sealed = hashlib.sha256(key_id.encode() + nonce + ciphertext).digest()
+    nothing = hashlib.sha256(b"\xc0").digest()
+    assert signature == NODE.sign(b"crdt-llm/2/chunk" + signed + nothing + sealed)
+    # Those of before are still read.
+    older = [1, key_id, nonce, ciphertext, NODE.sign(b"crdt-llm/1/chunk" + signed)]
+    assert verify_chunk(LEASED, msgpack.packb(older), WHERE, "text", RELAY.public) == 3
+    assert sealer().open(msgpack.packb(older), WHERE) == HIDDEN
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda parts: [1, *parts[1:]],
+        lambda parts: [True, *parts[1:]],
+        lambda parts: [3, *parts[1:]],
+        lambda parts: [2, "0" * 16, *parts[2:]],
+        lambda parts: [2, parts[1], bytes(12), *parts[3:]],
+        lambda parts: [*parts[:3], bytes(len(parts[3])), parts[4]],
+        lambda parts: [*parts[:2], parts[2] + parts[3][:1], parts[3][1:], parts[4]],
+        lambda parts: [2, parts[1] + "a", parts[2][1:], *parts[3:]],
+    ],
+    ids=(
+        "an older form",
+        "no form",
+        "a form to come",
+        "key id",
+        "nonce",
+        "ciphertext",
+        "moved bytes",
+        "moved characters",
+    ),
+)
+def test_without_a_key_it_can_be_told_that_this_is_what_was_sealed(
+    change: Callable[[list[Any]], list[Any]],
+) -> None:
+    blob = sealer().seal(HIDDEN, WHERE, "text", NODE)
+    with pytest.raises(BadProof):
+        verify_chunk(LEASED, msgpack.packb(change(msgpack.unpackb(blob))), WHERE, "text")
 
 
 @pytest.mark.parametrize(
@@ -116,6 +156,7 @@ def test_a_blob_does_not_open_elsewhere(elsewhere: dict[str, Any]) -> None:
         {"where": replace(WHERE, parent=b"q" * 32)},
         {"where": replace(WHERE, epoch=4)},
         {"where": replace(WHERE, chunk=1)},
+        {"where": replace(WHERE, reads=())},
         {"conversation": leased({3: SUCCESSOR})},
         {"conversation": leased({3: SUCCESSOR, 4: NODE})},
         {"conversation": leased({2: NODE})},
@@ -128,6 +169,7 @@ def test_a_blob_does_not_open_elsewhere(elsewhere: dict[str, Any]) -> None:
         "parent",
         "epoch",
         "chunk",
+        "reads",
         "lease of another node",
         "lease of another node beside it",
         "lease before",

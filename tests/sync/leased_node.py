@@ -126,7 +126,7 @@ class LeasedNode:
         self.catch_up()
         entry = self.replica.entry(slot)
         assert entry is not None
-        where = place_of(self.replica, entry, len(entry.sealed))
+        where = replace(place_of(self.replica, entry, len(entry.sealed)), epoch=self.epoch)
         hidden = Hidden(tuple(text.encode()), (Kind.SAMPLED,) * len(text.encode()))
         blob = self.sealer.seal(hidden, where, entry.content + text, self.key)
         with self.replica.writing() as writer:
@@ -141,9 +141,8 @@ class LeasedNode:
         assert entry is not None
         assert entry.place is not None
         hidden = self.sealer.open_reply(entry.sealed, place_of(self.replica, entry))
-        blob = self.sealer.seal(
-            hidden, place_of(self.replica, entry, FINAL_CHUNK), entry.content, self.key
-        )
+        where = replace(place_of(self.replica, entry, FINAL_CHUNK), epoch=self.epoch)
+        blob = self.sealer.seal(hidden, where, entry.content, self.key)
         with self.replica.writing() as writer:
             writer.state(slot, State.DONE)
             writer.replace_sealed(slot, blob)

@@ -333,24 +333,23 @@ class Sitting:
             if reading is None:
                 return  # as above
             digest, place_entries = self._place(action)
-            where = Where(self._id, slot, digest, self.work.epoch, 0)
+            # Later replies go on from what was recorded, so it is recorded where it changes.
+            is_path = reading == self.work.transcript.reading(last) and self._overflow.implied(last)
+            reads = None if is_path else tuple(reading)
+            where = Where(self._id, slot, digest, self.work.epoch, 0, reads)
             generation = self._prepare(slot, last, where, reading)
             self._check_fits(generation.reply)
         except (PromptTooLong, BadProof) as error:
             await self._refuse(action, slot, _failure(*describe(error)))
             return
 
-        # Later replies go on from what was recorded, so it is recorded where it changes.
-        is_path = reading == self.work.transcript.reading(last) and self._overflow.implied(last)
-        reads = not is_path
-
         def write(writer: Writer) -> None:
             place_entries(writer)
             writer.place(slot, Place(last, where.epoch))
             writer.open_reply(slot)
             writer.state(slot, State.STREAMING)
-            if reads:
-                writer.set(slot, "reads", list(reading))
+            if reads is not None:
+                writer.set(slot, "reads", list(reads))
             _mark(writer, action.superseded, State.SUPERSEDED)
 
         self._ahead.admitted(action.parent, action.entries)

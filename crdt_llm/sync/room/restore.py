@@ -12,10 +12,13 @@ The rules, numbered so that tests can cite them; the word after each is the refu
 * X2 ``leases`` - each lease is signed by this relay, and no later than the last one granted.
 * X3 ``proof`` - an admitted entry has a chain digest that follows from its parent's and is signed
   by the node of its lease; so have the end of a reply, its text, its calls and its hidden ids.
+  Where all that was admitted is here, it is one of the registered tips or stands before one: a node
+  that lost its lease can still sign. A registered tip has the registered digest.
 * X4 ``proof`` - of a reply that still streams the chunks are signed, the last one over all of its
-  text, and each one before it over a beginning of that.
+  text, and each one before it over a beginning of that, and all over what it was answered from.
+  What is written at its end is not there yet.
 * X5 ``node-field`` - an entry without a place has no field of the node, but for the end of a
-  request that was never answered.
+  request that was never answered. What an answer cost was written under a client id of a node.
 * X6 ``redacted`` - an entry is withdrawn if the register says so, or if whoever brings it back
   withdrew it and may.
 * X7 ``born``, ``content``, ``meta``, ``schema``, ``stop``, ``clock`` - all else has the forms that
@@ -27,6 +30,8 @@ The rules, numbered so that tests can cite them; the word after each is the refu
   it, or it is its bringer's own. An unknown client id stops in the name of a writer who brings it.
 * X10 ``forbidden`` - whoever may only read, or has a token for that only, brings no entry in its
   own name that the register does not know its client id of.
+* X11 ``forged-author`` - nobody brings an entry without a place in another's name under a client id
+  that the register does not know: whose words were ever acknowledged, their client id is known.
 
 Rights are the register's, whatever the document says (:func:`wrong_rights`), and what was withdrawn
 stays so (:func:`leftovers`). A client id proves nothing to a room that has lost what was written
@@ -78,6 +83,7 @@ from crdt_llm.sync.room.ledger import (
     are_of_a_node,
     clients_of,
     digest_of_value,
+    missing_tips,
     stop_of,
     was_registered,
 )
@@ -101,6 +107,7 @@ SIGNATURES_AT_ONCE: Final = 4
 """Signatures that are tried before others may go on: 0.1 ms each."""
 
 _UNPLACED: Final = frozenset({"state", "usage"})
+_AT_THE_END: Final = ("proof", "salt", "usage", "calls")
 _NODE_FIELDS: Final = ("place", "state", "calls", "reads", "sealed", "usage", "salt", "proof")
 
 
@@ -145,6 +152,11 @@ class Claim:
     def knows_facts(self) -> bool:
         """Whether the register says which facts, stops and ends there are."""
         return self.doubts is None and self.row.facts is not None
+
+    @property
+    def knows_clients(self) -> bool:
+        """Whether the register says whose all client ids are that anybody ever heard of."""
+        return self.knows_facts and "" not in self.row.former
 
     def is_anothers(self, item: Struct | None) -> bool:
         """Whether something was written under a client id of somebody else, who is known."""
@@ -191,6 +203,23 @@ def judge(claim: Claim) -> Iterator[None]:
     for name in sorted(touched, key=lambda name: tree.facts(name).clock if name in tree else 0):
         yield from _entry(claim, name)
         yield
+    _nothing_beside(claim, touched)
+
+
+def _nothing_beside(claim: Claim, touched: Iterable[str]) -> None:
+    """X3: what anybody ever heard of as admitted is a registered tip, or what one stands on."""
+    tree, tips = claim.conversation.tree, claim.row.tips
+    if claim.doubts is not None or missing_tips(claim.row, claim.conversation):
+        return
+    known: set[str] = set()
+    for tip in tips:
+        name = tip
+        while name != ROOT and name not in known:
+            known.add(name)
+            name = tree.facts(name).parent or ROOT
+    for name in touched:
+        if tree.is_admitted(name) and name not in known:
+            raise Refused("proof", f"entry {name} was never admitted, as far as is known here")
 
 
 def _need(holds: bool, code: str, reason: str) -> None:  # noqa: FBT001 - reads as a sentence
@@ -302,6 +331,7 @@ def _pending(claim: Claim, entry: Entry) -> None:
         if birth is not None and item is not None and item.client != birth.client:
             claim.doubt("frozen", f"{key} of entry {entry.id} is not what it was born with")
     _unplaced(claim, entry)
+    _in_its_name(claim, entry, birth)
     is_new = entry.born.author == claim.author.principal and claim.brought(birth)
     own = clients_of(claim.author.principal)
     if is_new and not claim.may_write and client_of(birth, claim.clients) != own:
@@ -315,6 +345,16 @@ def _pending(claim: Claim, entry: Entry) -> None:
         claim.doubt("node-field", f"entry {entry.id} has {min(found)} and no place")
 
 
+def _in_its_name(claim: Claim, entry: Entry, birth: Struct | None) -> None:
+    """X11."""
+    if not claim.knows_clients or not claim.brought(birth):
+        return
+    author, whose = entry.born.author, client_of(birth, claim.clients)
+    is_own = whose is None and author == claim.author.principal
+    if not is_own and whose not in (clients_of(author), clients_of(author, node=True)):
+        claim.doubt("forged-author", f"nobody has heard of entry {entry.id} by {author!r} here")
+
+
 def _unplaced(claim: Claim, entry: Entry) -> None:
     """X9."""
     for key in sorted(_UNPLACED):
@@ -322,7 +362,7 @@ def _unplaced(claim: Claim, entry: Entry) -> None:
         if not claim.brought(item) or _is_registered(claim, entry.id, key):
             continue
         whose = client_of(item, claim.clients)
-        if not are_of_a_node(whose) or (claim.knows_facts and "" not in claim.row.former):
+        if not are_of_a_node(whose) or claim.knows_clients:
             claim.doubt("node-field", f"no node that is known here wrote {key} of {entry.id}")
 
 
@@ -340,7 +380,7 @@ def _stop(claim: Claim, entry: Entry) -> None:
         pass  # from a replica that is older, or put back by a room
     elif not isinstance(named, str) or whose != clients_of(named):
         claim.doubt("stop", f"another than {named!r} stopped entry {entry.id} in that name")
-    elif claim.knows_facts and claim.is_anothers(item) and "" not in claim.row.former:
+    elif claim.knows_clients and claim.is_anothers(item):
         claim.doubt("stop", f"nobody stopped entry {entry.id}, as far as is known here")
 
 
@@ -365,19 +405,30 @@ def _admitted(claim: Claim, entry: Entry) -> Iterator[None]:
         raise BadProof("no place")
     parent = parent_digest(conversation, place.parent)
     if entry.is_slot and entry.state is State.STREAMING:
-        if entry.proof is not None:
-            raise BadProof("a proof before its end")
+        early = [key for key in _AT_THE_END if conversation.has(entry.id, key)]
+        if early:
+            raise BadProof(f"{early[0]} before its end")
         if not entry.redacted:
             yield from verify_chunks(conversation, entry, claim.relay)
         return
     if entry.is_slot and entry.state not in ENDED:
         raise BadProof("a place without a state")
     verify_entry(conversation, entry, parent, claim.relay)
+    registered = claim.row.tips.get(entry.id)
+    if registered and entry.proof is not None and entry.proof.digest != registered:
+        raise BadProof("it ended otherwise, as far as is known here")
+    cost = claim.sources.field(entry.id, "usage")
+    if claim.brought(cost) and claim.knows_clients:
+        _need(
+            are_of_a_node(client_of(cost, claim.clients)),
+            "node-field",
+            f"no node that is known here wrote usage of {entry.id}",
+        )
     if not entry.redacted:
-        _committed(claim, entry)
+        yield from _committed(claim, entry)
 
 
-def _committed(claim: Claim, entry: Entry) -> None:
+def _committed(claim: Claim, entry: Entry) -> Iterator[None]:
     """X3: what an entry's proof commits to beside its text."""
     conversation, proof, salt = claim.conversation, entry.proof, entry.salt
     if proof is None or salt is None:
@@ -385,12 +436,15 @@ def _committed(claim: Claim, entry: Entry) -> None:
     calls = commit_calls(salt, entry.calls) if entry.calls is not None else None
     if calls != proof.calls:
         raise BadProof("the calls are not the ones that were committed to")
-    if entry.sealed:
+    if proof.tokens is None:
+        if entry.sealed:  # a node had to give it up as it stood
+            yield from verify_chunks(conversation, entry, claim.relay)
+    elif entry.sealed:
         if len(entry.sealed) != 1:
             raise BadProof("an ended reply has one sealed field")
         where = place_of(conversation, entry, FINAL_CHUNK)
         verify_chunk(conversation, entry.sealed[0], where, entry.content, claim.relay)
-    elif proof.tokens is not None:
+    else:
         raise BadProof("the sealed tokens that were committed to are missing")
 
 
@@ -568,6 +622,27 @@ def wrong_ends(claim: Claim) -> dict[str, dict[str, str | None]]:
         if fixed:
             found[name] = fixed
     return found
+
+
+def unproved_readings(claim: Claim) -> tuple[str, ...]:
+    """Replies that have not said a word yet, with ``reads`` that nothing proves.
+
+    Each chunk is signed together with what the reply was answered from; before the first one a
+    node can as well read what the path says.
+    """
+    if claim.doubts is not None:
+        return ()
+    conversation, tree = claim.conversation, claim.conversation.tree
+    return tuple(
+        name
+        for name in sorted(claim.change.entries)
+        if name in tree
+        and tree.is_admitted(name)
+        and conversation.state(name) is State.STREAMING
+        and claim.brought(claim.sources.field(name, "reads"))
+        and (entry := conversation.entry(name)) is not None
+        and not entry.sealed
+    )
 
 
 def _slots(claim: Claim, registered: Iterable[str]) -> list[str]:

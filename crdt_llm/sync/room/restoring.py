@@ -24,6 +24,7 @@ from crdt_llm.sync.room.restore import (
     told_again,
     unconfirmed,
     unearned,
+    unproved_readings,
     wrong_ends,
     wrong_rights,
     wrong_stops,
@@ -219,7 +220,8 @@ class Restoring:
         replica, row = claim.conversation, claim.row
         rights, left, facts = wrong_rights(replica, row), leftovers(replica, row), unearned(claim)
         stops, ends = wrong_stops(claim), wrong_ends(claim)
-        if not (rights or left or facts or stops or ends):
+        readings = unproved_readings(claim)
+        if not (rights or left or facts or stops or ends or readings):
             return ()
         with replica.writing() as writer:
             for principal, grant in rights.items():
@@ -236,6 +238,8 @@ class Restoring:
             for slot, fields in ends.items():
                 for key, said in fields.items():
                     writer.remove(slot, key) if said is None else writer.set(slot, key, said)
+            for slot in readings:
+                writer.remove(slot, "reads")
         return writer.change.edits if writer.change is not None else ()
 
     def remember(self, claim: Claim) -> dict[int, str]:

@@ -6,17 +6,29 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+import msgpack
 import pytest
 from pycrdt import Array, Doc, Map
-from sync.device import BIRTH, CONVERSATION, Device
+from sync.device import AT_MS, BIRTH, CONVERSATION, Device
 from sync.leased_node import LeasedNode, ask
 from sync.native import PASSES, Native, open_frame
-from sync.rooms import RELAY_KEY, Place, born, turns
+from sync.rooms import RELAY_KEY, born, turns
+from sync.rooms import Place as House
 
 from crdt_llm.document.chain import lease_message, verify_path
 from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.keys import SigningKey
-from crdt_llm.document.schema import Birth, Grant, State, Usage, conversation_id
+from crdt_llm.document.schema import (
+    Birth,
+    Born,
+    Grant,
+    Place,
+    Role,
+    State,
+    Usage,
+    conversation_id,
+    entry_id,
+)
 from crdt_llm.document.seal import place_of
 from crdt_llm.errors import BadProof, Behind, Forbidden, Gap, Refused, StoreFailed
 from crdt_llm.store.memory import MemoryDisk
@@ -40,7 +52,7 @@ WORDS = "the secret of secrets"
 class World:
     """A conversation with an answered turn and a reply that still streams."""
 
-    place: Place
+    place: House
     owner: Member
     device: Device
     node: LeasedNode
@@ -70,7 +82,7 @@ class World:
 
 
 async def a_world() -> World:
-    place = Place(leased=True)
+    place = House(leased=True)
     owner, device = await born(place)
     await owner.membership.submit(device.grant("will", Grant.WRITER))
     await owner.membership.submit(device.grant("rita", Grant.READER))
@@ -248,7 +260,14 @@ def set_in(forger: Forger, name: str, key: str, value: Any) -> None:
     forger.entries[name][key] = value
 
 
+def emptied(blob: bytes) -> bytes:
+    """The same seal, whose signature is genuine, with nothing in it that a key could open."""
+    form, key_id, nonce, ciphertext, signature = msgpack.unpackb(bytes(blob))
+    return bytes(msgpack.packb([form, key_id, nonce, bytes(len(ciphertext)), signature]))
+
+
 STRANGER = SigningKey(b"s" * 32)
+FORGED_COST = Usage(finish="error", error_code="c", error_message="forged").plain()
 
 FORGED: dict[str, tuple[Callable[[Forger], object], str]] = {
     "a reply's end": (lambda f: grow(f, f.world.done, " Not."), "proof"),
@@ -266,6 +285,33 @@ FORGED: dict[str, tuple[Callable[[Forger], object], str]] = {
         ),
         "proof",
     ),
+    "an end whose seal holds something else": (
+        lambda f: swap(
+            f.entries[f.world.done]["sealed"], 0, emptied(f.entries[f.world.done]["sealed"][0])
+        ),
+        "proof",
+    ),
+    "a chunk that holds something else": (
+        lambda f: swap(
+            f.entries[f.world.streaming]["sealed"],
+            1,
+            emptied(f.entries[f.world.streaming]["sealed"][1]),
+        ),
+        "proof",
+    ),
+    "other entries to be answered from": (
+        lambda f: set_in(f, f.world.streaming, "reads", [f.world.question]),
+        "proof",
+    ),
+    "calls of a stream": (
+        lambda f: set_in(f, f.world.streaming, "calls", [{"name": "delete_all"}]),
+        "proof",
+    ),
+    "the cost of a stream": (
+        lambda f: set_in(f, f.world.streaming, "usage", FORGED_COST),
+        "proof",
+    ),
+    "another cost": (lambda f: set_in(f, f.world.done, "usage", FORGED_COST), "node-field"),
     "a chunk that is none": (
         lambda f: swap(f.entries[f.world.streaming]["sealed"], 1, b"chunk"),
         "proof",
@@ -378,6 +424,130 @@ async def test_a_reply_whose_chunks_fit_nowhere_is_searched_in_short_steps() -> 
     with pytest.raises(BadProof):
         steps.extend(verify_chunks(replica, forged, None))
     assert len(steps) >= len(entry.content) / SIGNATURES_AT_ONCE - 1
+
+
+async def test_a_node_that_was_fenced_off_proves_nothing_late() -> None:
+    """Its lease was genuine, and so are its signatures; but nobody ever heard of what it signs."""
+    world = await a_world()
+    await world.node.finish(world.streaming)
+    await world.catch_up()
+    question, slot = await ask(world.device, world.owner, "three?")
+    successor = await LeasedNode.sit(world.place, seed=9)
+    assert successor.epoch == 2
+    await successor.admit(question)
+    await successor.start(slot)
+    await successor.say(slot, "true")
+    true = world.document()
+    # Under the smaller epoch it would even be the one that continues the line.
+    late, name = Conversation(88, update=true), entry_id(AT_MS, Random(5).randbytes(10))
+    world.node.replica = late
+    with late.writing() as writer:
+        clock = late.tree.clock + 1
+        said = Born(Role.USER, "node", "t", AT_MS, clock, after=world.streaming)
+        writer.add(name, said, "never said")
+        writer.place(name, Place(world.streaming, 1))
+        world.node._prove(writer, name, world.streaming, text="never said")
+    world.lose_log()
+    with pytest.raises(Refused) as refused:
+        await restored(world, late.diff(), "rita")
+    assert refused.value.code == "proof"
+    assert world.place.durable == 0
+    await restored(world, true, "rita")
+    assert world.replica().view() == Conversation(1, update=true).view()
+
+
+async def test_a_node_that_was_fenced_off_ends_no_reply_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = await a_world()
+    half = world.document()
+    successor = await LeasedNode.sit(world.place, seed=9)
+    with successor.replica.writing() as writer:
+        successor._record_lease(writer)
+    await successor.submit(writer.change)
+    await successor.finish(world.streaming)
+    true = world.document()
+    world.node.replica = Conversation(88, seal_client_id=89, update=half)
+    world.node.heard = len(world.node.member.heard)
+    unheard: list[bytes] = []
+
+    async def keep(change: Any) -> bytes:
+        unheard.append(change.update)
+        return unheard[-1]
+
+    monkeypatch.setattr(world.node, "submit", keep)
+    await world.node.finish(world.streaming)
+    assert unheard
+    world.lose_log()
+    with pytest.raises(Refused) as refused:
+        await restored(world, world.node.replica.diff(), "rita")
+    assert refused.value.code == "proof"
+    await restored(world, true, "rita")
+    assert world.room.behind == ()
+
+
+@pytest.mark.parametrize("how", ["under an unknown client id", "under its bringer's"])
+async def test_nobody_brings_an_entry_in_anothers_name(how: str) -> None:
+    """It would wait for its author for ever, and everybody would read it in that name."""
+    world = await a_world()
+    hers = Device(Random(34), "owner")
+    hers.merge(world.document())
+    if how == "under its bringer's":
+        hers.replica = Conversation(world.device.replica.client_id, update=world.document())
+    hers.principal = "will"
+    hers.say("what will never said")
+    true = world.document()
+    world.lose_log()
+    for bringer in ("owner", "rita"):
+        with pytest.raises(Refused) as refused:
+            await restored(world, hers.replica.diff(), bringer)
+        assert refused.value.code == "forged-author"
+    assert world.place.durable == 0
+    await restored(world, true)
+
+
+async def test_what_a_reply_reads_is_not_believed_before_it_says_a_word() -> None:
+    world = await a_world()
+    await world.node.finish(world.streaming)
+    await world.catch_up()
+    question, slot = await ask(world.device, world.owner, "three?")
+    await world.node.admit(question)
+    await world.node.start(slot)
+    true = world.document()
+    forged = forged_under(
+        world.node.replica.client_id,
+        true,
+        lambda roots: roots["entries"][slot].update({"reads": []}),
+    )
+    world.lose_log()
+    await restored(world, forged, "rita")
+    entry = world.replica().entry(slot)
+    assert entry is not None
+    assert (entry.state, entry.reads) == (State.STREAMING, None)
+
+
+async def test_a_reply_that_a_node_had_to_give_up_comes_back() -> None:
+    """Its chunks stay as they are; who gives it up cannot open them."""
+    world = await a_world()
+    node, slot = world.node, world.streaming
+    node.catch_up()
+    entry = node.replica.entry(slot)
+    assert entry is not None
+    assert entry.place is not None
+    assert len(entry.sealed) > 1
+    with node.replica.writing() as writer:
+        writer.state(slot, State.FAILED)
+        writer.usage(slot, Usage(finish="error", error_code="unreadable", error_message="m"))
+        node._prove(writer, slot, entry.place.parent, state=State.FAILED)
+    await node.submit(writer.change)
+    before = world.replica()
+    forger = Forger(world.document(), world)
+    swap(forger.entries[slot]["sealed"], 1, emptied(forger.entries[slot]["sealed"][1]))
+    world.lose_log()
+    with pytest.raises(Refused):
+        await restored(world, forger.doc.get_update())
+    await restored(world, before.diff(), "rita")
+    assert world.replica().entry(slot) == before.entry(slot)
 
 
 # -- what the register decides ------------------------------------------------------------------
@@ -626,6 +796,9 @@ async def test_an_entry_in_anothers_name_is_not_confirmed_by_hearing_of_it() -> 
     impostor.merge(asked.document)
     impostor.say("what will never said")
     forged = impostor.replica.view()[-1]
+    rows = asked.world.place.rows
+    # A row that was made of a log does not know whose all client ids are.
+    rows[CONVERSATION] = replace(rows[CONVERSATION], former={"": (b"",)})
     asked.world.lose_log()
     await restored(asked.world, impostor.replica.diff(), "rita")
     await asked.his_device_comes()
@@ -766,9 +939,6 @@ def forged_under(client: int, document: bytes, write: Callable[[Any], object]) -
     with doc.transaction():
         write({"meta": meta, "entries": entries})
     return bytes(doc.get_update())
-
-
-FORGED_COST = Usage(finish="error", error_code="c", error_message="forged").plain()
 
 
 @dataclass
