@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from crdt_llm.inference.forward.weights import LayerWeights
-    from crdt_llm.inference.kv.pool import Chunk
+    from crdt_llm.inference.kv.pool import Chunk, Layout
 
 logger = logging.getLogger("crdt_llm.inference")
 
@@ -214,6 +214,10 @@ class ForwardStep(Protocol):
     def build(self) -> str:
         """What of it, beside the weights, its numbers depend on."""
 
+    @property
+    def layout(self) -> Layout:
+        """Of the tiles that it reads and writes."""
+
     def add_layer(self, weights: LayerWeights) -> None:
         """The next layer."""
 
@@ -291,7 +295,7 @@ class Llama:
 
     def new_pool(self, memory_bytes: int) -> KvPool:
         """See :class:`~crdt_llm.inference.forward.model.Model`."""
-        return KvPool.within(memory_bytes, self._rows)
+        return KvPool.within(memory_bytes, self._rows, layout=self._step.layout)
 
     def forward(self, ids: Tensor, chunks: Sequence[Chunk], pool: KvPool) -> None:
         """Compute the rows of one or more chunks, each into the last of its slots.

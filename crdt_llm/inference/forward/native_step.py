@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from crdt_llm.inference.forward.weights import LayerWeights, Shape
-    from crdt_llm.inference.kv.pool import Chunk, KvPool
+    from crdt_llm.inference.kv.pool import Chunk, KvPool, Layout
 
 LANES: Final = 16
 """Values in a register; a head is a whole number of registers."""
@@ -84,6 +84,48 @@ class _Chunk(ctypes.Structure):
     )
 
 
+class Pairs:
+    """Tiles in pairs, as attention.hpp reads them: no step has to bring a whole path into them.
+
+    Keys are ``(16 positions, pair of dimensions, position, 2)``, values ``(pair of positions,
+    dimension, 2)``.
+    """
+
+    block = LANES
+
+    def pack(self, kv: Tensor) -> Tensor:
+        """See :class:`~crdt_llm.inference.kv.pool.Layout`."""
+        layers, heads, rows, dim = kv.shape
+        keys, values = kv.chunk(2, 1)
+        return torch.cat(
+            (
+                keys.reshape(layers, heads // 2, rows // LANES, LANES, dim // 2, 2)
+                .transpose(3, 4)
+                .reshape(layers, heads // 2, rows, dim),
+                values.reshape(layers, heads // 2, rows // 2, 2, dim)
+                .transpose(3, 4)
+                .reshape(layers, heads // 2, rows, dim),
+            ),
+            1,
+        )
+
+    def unpack(self, kv: Tensor) -> Tensor:
+        """See :class:`~crdt_llm.inference.kv.pool.Layout`."""
+        layers, heads, rows, dim = kv.shape
+        keys, values = kv.chunk(2, 1)
+        return torch.cat(
+            (
+                keys.reshape(layers, heads // 2, rows // LANES, dim // 2, LANES, 2)
+                .transpose(3, 4)
+                .reshape(layers, heads // 2, rows, dim),
+                values.reshape(layers, heads // 2, rows // 2, dim, 2)
+                .transpose(3, 4)
+                .reshape(layers, heads // 2, rows, dim),
+            ),
+            1,
+        )
+
+
 class NativeStep:
     """A model's arithmetic.
 
@@ -122,6 +164,11 @@ class NativeStep:
         self._turn = threading.Lock()
         ending = weakref.finalize(self, _free, self._code, self._model, self._process)
         ending.atexit = False  # a thread may still compute, and memory ends with the process
+
+    @property
+    def layout(self) -> Layout:
+        """See :class:`~crdt_llm.inference.forward.llama.ForwardStep`."""
+        return Pairs()
 
     def add_layer(self, weights: LayerWeights) -> None:
         """The next layer."""

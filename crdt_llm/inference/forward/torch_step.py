@@ -34,6 +34,7 @@ from crdt_llm.inference.forward.quantised import (
     check_integer_product,
     prepacked_product_is_exact,
 )
+from crdt_llm.inference.kv.pool import ROW_BY_ROW
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from crdt_llm.inference.forward.weights import LayerWeights, Shape
-    from crdt_llm.inference.kv.pool import Chunk, KvPool
+    from crdt_llm.inference.kv.pool import Chunk, KvPool, Layout
 
 ELEMENTS_MAX_PER_THREAD = 32768
 """Up to so many elements torch does not split an element-wise operation over threads
@@ -88,6 +89,11 @@ class TorchStep:
         wide = wide_blocks_agree(shape.heads, shape.kv_heads, shape.head_dim)
         self._wide_block = WIDE_BLOCK if wide else self._small_block
         self._layers: list[_Layer] = []
+
+    @property
+    def layout(self) -> Layout:
+        """See :class:`~crdt_llm.inference.forward.llama.ForwardStep`."""
+        return ROW_BY_ROW
 
     def add_layer(self, weights: LayerWeights) -> None:
         """The next layer."""

@@ -11,7 +11,7 @@ import contextlib
 import math
 import mmap
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -56,6 +56,41 @@ class RowShape:
         return TILE * values * self.dtype.itemsize
 
 
+class Layout(Protocol):
+    """In which order a tile holds its values.
+
+    Rows ``[0, n)`` with ``n`` a multiple of ``block`` are the first ``n * head_dim`` values of a
+    tile in any layout, so that rows can be copied and wiped without regard to it.
+    """
+
+    @property
+    def block(self) -> int:
+        """Rows whose values may be mixed with each other."""
+
+    def pack(self, kv: torch.Tensor) -> torch.Tensor:
+        """From rows: ``(layers, 2 * kv_heads, n * block, head_dim)``, in the order of a tile."""
+
+    def unpack(self, kv: torch.Tensor) -> torch.Tensor:
+        """From the order of a tile: rows, as they were given to :meth:`pack`; a copy or a view."""
+
+
+class RowByRow:
+    """One row behind the other."""
+
+    block = 1
+
+    def pack(self, kv: torch.Tensor) -> torch.Tensor:
+        """See :class:`Layout`."""
+        return kv
+
+    def unpack(self, kv: torch.Tensor) -> torch.Tensor:
+        """See :class:`Layout`."""
+        return kv
+
+
+ROW_BY_ROW = RowByRow()
+
+
 def _lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeroed memory; on the host the system maps it when it is first touched.
 
@@ -81,22 +116,37 @@ class KvPool:
         count: slots.
         shape: of a row.
         device: where they are.
+        layout: of the tiles in ``kv``; by others than whoever chose it they are seen as rows.
     """
 
-    def __init__(self, count: int, shape: RowShape, device: torch.device = HOST) -> None:
+    def __init__(
+        self,
+        count: int,
+        shape: RowShape,
+        device: torch.device = HOST,
+        layout: Layout = ROW_BY_ROW,
+    ) -> None:
         kv_heads, head_dim = shape.kv_heads, shape.head_dim
         kv = (count, shape.layers, 2 * kv_heads, TILE, head_dim)
         self.kv = _lazy_zeros(kv, shape.dtype, device)
         self.hidden = _lazy_zeros((count, TILE, shape.hidden), shape.dtype, device)
         self.kv_heads = kv_heads
         self.head_dim = head_dim
+        self._layout = layout
         self._never_taken = set(range(count))
-        # Views by layer, ``(count, kv_heads, TILE, head_dim)``: a decode step makes no others.
+        # Views by layer, ``(count, kv_heads, TILE, head_dim)``, if tiles are laid out row by row: a
+        # decode step makes no others.
         self.keys = self.kv[:, :, :kv_heads].unbind(1)
         self.values = self.kv[:, :, kv_heads:].unbind(1)
 
     @classmethod
-    def within(cls, memory_bytes: int, shape: RowShape, device: torch.device = HOST) -> Self:
+    def within(
+        cls,
+        memory_bytes: int,
+        shape: RowShape,
+        device: torch.device = HOST,
+        layout: Layout = ROW_BY_ROW,
+    ) -> Self:
         """A pool of as many slots as fit the memory.
 
         Raises:
@@ -109,7 +159,7 @@ class KvPool:
                 f"give it at least {SLOTS_MIN * shape.slot_bytes}"
             )
             raise ModelUnusable(message)
-        return cls(count, shape, device)
+        return cls(count, shape, device, layout)
 
     @property
     def count(self) -> int:
@@ -117,8 +167,10 @@ class KvPool:
         return len(self.kv)
 
     def copy_rows(self, source: int, target: int, rows: int) -> None:
-        """Copy the rows ``[0, rows)`` of a slot into another."""
-        self.kv[target, :, :, :rows] = self.kv[source, :, :, :rows]
+        """Copy the rows ``[0, rows)`` of a slot into another, which has zeros behind them."""
+        end = self._whole(rows)
+        self.kv[target, :, :, :end] = self.kv[source, :, :, :end]
+        self._set(target, rows, end, None)
         self.hidden[target, :rows] = self.hidden[source, :rows]
 
     def read(self, slot: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,13 +180,14 @@ class KvPool:
             keys and values, ``(layers, 2 * kv_heads, rows, head_dim)``, and hidden states,
             ``(rows, hidden)``.
         """
-        kv = self.kv[slot, :, :, :rows].contiguous()
+        whole = self.kv[slot, :, :, : self._whole(rows)]
+        kv = self._layout.unpack(whole)[:, :, :rows].contiguous()
         return kv.to(HOST), self.hidden[slot, :rows].to(HOST)
 
     def write(self, slot: int, first: int, kv: torch.Tensor, hidden: torch.Tensor) -> None:
         """Set the rows of a slot from ``first`` on to rows of the host, shaped as :meth:`read`."""
         end = first + len(hidden)
-        self.kv[slot, :, :, first:end].copy_(kv)
+        self._set(slot, first, end, kv)
         self.hidden[slot, first:end].copy_(hidden)
 
     def take(self, slot: int) -> None:
@@ -150,8 +203,29 @@ class KvPool:
 
     def wipe(self, slot: int, start: int) -> None:
         """Set the rows ``[start, TILE)`` of a slot to zero."""
-        self.kv[slot, :, :, start:] = 0
+        end = self._whole(start)
+        self._set(slot, start, end, None)
+        self.kv[slot, :, :, end:] = 0
         self.hidden[slot, start:] = 0
+
+    def _whole(self, rows: int) -> int:
+        """Up to the end of a block of the layout."""
+        return -(-rows // self._layout.block) * self._layout.block
+
+    def _set(self, slot: int, first: int, end: int, kv: torch.Tensor | None) -> None:
+        """Set the rows ``[first, end)`` of a slot to others, or to zeros."""
+        if first == end:
+            return
+        begin = first // self._layout.block * self._layout.block
+        whole = self.kv[slot, :, :, begin : self._whole(end)]
+        rows = self._layout.unpack(whole)
+        some = rows[:, :, first - begin : end - begin]
+        if kv is None:
+            some.zero_()
+        else:
+            some.copy_(kv)
+        if rows is not whole:
+            whole.copy_(self._layout.pack(rows))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 // Attention of query rows over tiles of keys and values in bf16.
 //
-// A tile is TILE positions of one KV head, row by row, as the pool keeps it. Before it is used it
-// is brought into pairs: keys as (pair of dimensions, position), values as (pair of positions,
-// dimension), so that a register holds 16 products of a pair and no sum runs across a register.
+// A tile is TILE positions of one KV head. It is kept in pairs: keys as (16 positions, pair of
+// dimensions, position), values as (pair of positions, dimension), so that a register holds 16
+// products of a pair and no sum runs across a register. native_step.py knows this layout too.
 //
 // What a query row finds in a tile is the largest score, the sum of exponentials and the sum of
 // values weighted by them; tiles are put together in the order of positions (Flash-Decoding, Dao et
@@ -20,22 +20,17 @@ constexpr int TILE = 256;
 constexpr int QUERIES_MAX = 6;  // query rows computed together
 constexpr int BLOCKS_MAX = 4;   // registers of keys, or of dimensions, beside them
 
-// A tile in pairs.
+// A tile in pairs, wherever it is.
 struct Pairs {
-  Buffer<int32_t> keys;    // (blocks of 16 positions, pairs of dimensions, 16)
-  Buffer<int32_t> values;  // (pairs of positions, dimensions)
+  const int32_t* keys;    // (blocks of 16 positions, pairs of dimensions, 16)
+  const int32_t* values;  // (pairs of positions, dimensions)
   int head_dim;
 
-  explicit Pairs(int head_dim)
-      : keys(allocate<int32_t>(size_t(TILE) * head_dim / 2)),
-        values(allocate<int32_t>(size_t(TILE) * head_dim / 2)),
-        head_dim(head_dim) {}
-
-  int32_t* keys_at(int block, int pair) const {
-    return keys.get() + (size_t(block) * (head_dim / 2) + pair) * LANES;
+  const int32_t* keys_at(int block, int pair) const {
+    return keys + (size_t(block) * (head_dim / 2) + pair) * LANES;
   }
-  int32_t* values_at(int pair, int dimension) const {
-    return values.get() + size_t(pair) * head_dim + dimension;
+  const int32_t* values_at(int pair, int dimension) const {
+    return values + size_t(pair) * head_dim + dimension;
   }
 };
 
@@ -46,61 +41,23 @@ struct Found {
   float* values;  // (queries, head_dim)
 };
 
-// 16 rows of 16 to 16 columns, one after the other.
-inline void transpose(const __m512i (&rows)[LANES], int32_t* columns) {
-  __m512i a[LANES], b[LANES];
-  for (int i = 0; i < LANES; i += 2) {
-    a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  for (int i = 0; i < LANES; i += 4) {
-    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-  // b[4 g + c] now has column 4 q + c of the rows 4 g .. 4 g + 3 in its quarter q.
-  for (int c = 0; c < 4; ++c) {
-    const __m512i even_low = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x88);
-    const __m512i odd_low = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xdd);
-    const __m512i even_high = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x88);
-    const __m512i odd_high = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xdd);
-    _mm512_store_si512(columns + c * LANES, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
-    _mm512_store_si512(columns + (8 + c) * LANES, _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
-    _mm512_store_si512(columns + (4 + c) * LANES, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
-    _mm512_store_si512(columns + (12 + c) * LANES, _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
+// Put a key where it belongs in its tile: `position` of TILE, head_dim values.
+inline void put_key(const Bf16* key, int position, int head_dim, int32_t* keys) {
+  const int half = head_dim / 2;
+  int32_t* to = keys + size_t(position / LANES) * half * LANES + position % LANES;
+  for (int pair = 0; pair < half; ++pair) {
+    std::memcpy(to + size_t(pair) * LANES, key + 2 * pair, sizeof *to);
   }
 }
 
-// Bring the first `count` positions of a tile into pairs, filled up to a whole block of them.
-inline void pair_up(const Bf16* keys, const Bf16* values, int count, const Pairs& pairs) {
-  const int head_dim = pairs.head_dim, half = head_dim / 2;
-  for (int block = 0; block < ceil_div(count, LANES); ++block) {
-    const int32_t* block_keys = (const int32_t*)(keys + size_t(block) * LANES * head_dim);
-    for (int at = 0; at < half; at += LANES) {
-      const __mmask16 lanes = first_lanes(half - at);
-      __m512i rows[LANES];
-      for (int key = 0; key < LANES; ++key) {
-        rows[key] = _mm512_maskz_loadu_epi32(lanes, block_keys + size_t(key) * half + at);
-      }
-      if (half - at >= LANES) {
-        transpose(rows, pairs.keys_at(block, at));
-      } else {
-        alignas(64) int32_t columns[LANES * LANES];
-        transpose(rows, columns);
-        std::memcpy(pairs.keys_at(block, at), columns, sizeof(int32_t) * LANES * (half - at));
-      }
-    }
-    for (int key = block * LANES; key < (block + 1) * LANES; key += 2) {
-      const Bf16* one = values + size_t(key) * head_dim;
-      for (int at = 0; at < head_dim; at += LANES) {
-        const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(one + at)));
-        const __m512i odd =
-            _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(one + head_dim + at)));
-        _mm512_store_si512(pairs.values_at(key / 2, at),
-                           _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-      }
-    }
+// As put_key, of 16 of the dimensions of a value, from `at` on.
+inline void put_value(__m256i some, int position, int at, int head_dim, int32_t* values) {
+  int32_t* to = values + size_t(position / 2) * head_dim + at;
+  if (position % 2) {
+    const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(some), 16);
+    _mm512_mask_storeu_epi16(to, 0xaaaaaaaa, upper);
+  } else {
+    _mm512_mask_storeu_epi16(to, 0x55555555, _mm512_cvtepu16_epi32(some));
   }
 }
 

@@ -4,6 +4,7 @@
 // a pool. Who calls owns the pool, knows the ids, and sees to it that no two chunks share a slot.
 // See arithmetic.hpp, product.hpp and attention.hpp for why a row's result depends on the row and
 // on what is before it alone, bit for bit.
+#include <utility>
 #include <vector>
 
 #include "attention.hpp"
@@ -35,7 +36,7 @@ struct LayerWeights {
 };
 
 struct Pool {
-  Bf16* kv;      // (slots, layers, 2 kv_heads, TILE, head_dim)
+  int32_t* kv;   // (slots, layers, 2 kv_heads), each a tile in pairs: see attention.hpp
   Bf16* hidden;  // (slots, TILE, hidden)
 };
 
@@ -121,9 +122,7 @@ struct Desk {
   OperandRows operands;
   std::vector<float> row;
   std::vector<int> visible;
-  Pairs pairs;
-
-  explicit Desk(int head_dim) : pairs(head_dim) {}
+  std::vector<Bf16> head;
 };
 
 // A share of the attention of a chunk.
@@ -161,8 +160,9 @@ class Model {
     operand_bytes_ = std::max({operand_bytes(format, sizes.hidden), operand_bytes(format, width_),
                                operand_bytes(format, sizes.intermediate)});
     for (int index = 0; index < team_.most(); ++index) {
-      desks_.emplace_back(sizes.head_dim);
+      desks_.emplace_back();
       desks_.back().operands.reserve(FEW_ROWS, operand_bytes_);
+      desks_.back().head.resize(sizes.head_dim);
       desks_.back().row.resize(std::max(sizes.hidden, width_));
       desks_.back().visible.resize(size_t(ROWS_A_BLOCK) * group_);
     }
@@ -223,6 +223,7 @@ class Model {
   void plan(const Chunk* chunks, int count) {
     places_.clear();
     shares_.clear();
+    placed_together_.clear();
     rows_ = 0;
     size_t found = 0;
     for (int chunk = 0; chunk < count; ++chunk) {
@@ -241,6 +242,10 @@ class Model {
           }
           found += size_t(rows) * group_;
         }
+      }
+      for (int row = 0, some; row < rows; row += some) {
+        some = std::min(rows - row, LANES - int((chunks[chunk].position + row) % LANES));
+        placed_together_.push_back({rows_ + row, rows_ + row + some});
       }
       rows_ += rows;
     }
@@ -284,8 +289,12 @@ class Model {
                 _mm512_mask_storeu_ps(vectors_.get() + size_t(row) * vector_ + panel * LANES,
                                       first_lanes(vector_ - panel * LANES), values);
               });
-      team_.each(rows_,
-                 [&](int row) { place(row, index, or_null(layer.head_norm), chunks, pool); });
+      team_.each(int(placed_together_.size()), [&](int n) {
+        const auto [first, end] = placed_together_[n];
+        for (int row = first; row < end; ++row) {
+          place(row, index, or_null(layer.head_norm), chunks, pool, desk);
+        }
+      });
       team_.each(int(shares_.size()),
                  [&](int n) { attend_share(shares_[n], index, chunks, pool, desk); });
       product(layer.output,
@@ -343,30 +352,34 @@ class Model {
     });
   }
 
-  Bf16* kv_at(const Pool& pool, int64_t slot, int layer, int head) const {
-    const size_t tile = size_t(TILE) * sizes_.head_dim;
+  // Keys of a head, and behind those of all heads their values.
+  int32_t* kv_at(const Pool& pool, int64_t slot, int layer, int head) const {
+    const size_t tile = size_t(TILE) * sizes_.head_dim / 2;
     return pool.kv + ((size_t(slot) * sizes_.layers + layer) * 2 * sizes_.kv_heads + head) * tile;
   }
 
+  Pairs pairs_at(const Pool& pool, int64_t slot, int layer, int head) const {
+    return {kv_at(pool, slot, layer, head), kv_at(pool, slot, layer, sizes_.kv_heads + head),
+            sizes_.head_dim};
+  }
+
   // Norm and rotate the heads of a row, and put them where attention finds them.
-  void place(int row, int layer, const float* head_norm, const Chunk* chunks, const Pool& pool) {
+  void place(int row, int layer, const float* head_norm, const Chunk* chunks, const Pool& pool,
+             Desk& desk) {
     const int dim = sizes_.head_dim, chunk = chunk_of_[row];
     const int64_t position = chunks[chunk].position + row - places_[chunk].row;
     const int64_t slot = chunks[chunk].slots[chunks[chunk].tiles - 1];
-    const size_t offset = size_t(position % TILE) * dim;
+    const int in_tile = int(position % TILE);
     const float* cosines = cosines_ + size_t(position) * dim;
     const float* sines = sines_ + size_t(position) * dim;
     float* heads = vectors_.get() + size_t(row) * vector_;
     for (int head = 0; head < sizes_.heads + 2 * sizes_.kv_heads; ++head) {
       float* from = heads + size_t(head) * dim;
       const int kv_head = head - sizes_.heads;
-      Bf16* to = kv_head >= 0
-                     ? kv_at(pool, slot, layer, kv_head) + offset
-                     : queries_.get() +
-                           ((size_t(head / group_) * rows_ + row) * group_ + head % group_) * dim;
       if (kv_head >= sizes_.kv_heads) {  // a value: as it is
+        int32_t* values = kv_at(pool, slot, layer, kv_head);
         for (int at = 0; at < dim; at += LANES) {
-          _mm256_storeu_si256((__m256i*)(to + at), narrow(_mm512_loadu_ps(from + at)));
+          put_value(narrow(_mm512_loadu_ps(from + at)), in_tile, at, dim, values);
         }
         continue;
       }
@@ -378,12 +391,17 @@ class Model {
           _mm512_storeu_ps(from + at, _mm512_mul_ps(x, gain));
         }
       }
+      Bf16* turned =
+          kv_head >= 0 ? desk.head.data()
+                       : queries_.get() +
+                             ((size_t(head / group_) * rows_ + row) * group_ + head % group_) * dim;
       for (int at = 0; at < dim; at += LANES) {
-        const __m512 turned = _mm512_mul_ps(rolled(from, at, dim), _mm512_loadu_ps(sines + at));
+        const __m512 other = _mm512_mul_ps(rolled(from, at, dim), _mm512_loadu_ps(sines + at));
         const __m512 x =
-            _mm512_fmadd_ps(_mm512_loadu_ps(from + at), _mm512_loadu_ps(cosines + at), turned);
-        _mm256_storeu_si256((__m256i*)(to + at), narrow(x));
+            _mm512_fmadd_ps(_mm512_loadu_ps(from + at), _mm512_loadu_ps(cosines + at), other);
+        _mm256_storeu_si256((__m256i*)(turned + at), narrow(x));
       }
+      if (kv_head >= 0) put_key(turned, in_tile, dim, kv_at(pool, slot, layer, kv_head));
     }
   }
 
@@ -401,20 +419,16 @@ class Model {
     const float scale = LOG2_E / __builtin_sqrtf(float(dim));
     const Found found = found_at(share.found);
     for (int tile = share.tile; tile < share.tile + share.tiles; ++tile) {
-      int most = 0;
       for (int q = 0; q < queries; ++q) {
         const int64_t before = chunk.position + share.row + q / group_ - int64_t(tile) * TILE;
         desk.visible[q] = int(std::min<int64_t>(before + 1, TILE));
-        most = std::max(most, desk.visible[q]);
       }
-      pair_up(kv_at(pool, chunk.slots[tile], layer, share.head),
-              kv_at(pool, chunk.slots[tile], layer, sizes_.kv_heads + share.head), most,
-              desk.pairs);
+      const Pairs pairs = pairs_at(pool, chunk.slots[tile], layer, share.head);
       if (tile == share.tile) {
-        attend(query, desk.pairs, desk.visible.data(), queries, scale, found);
+        attend(query, pairs, desk.visible.data(), queries, scale, found);
       } else {
         const Found more = more_at(desk, queries);
-        attend(query, desk.pairs, desk.visible.data(), queries, scale, more);
+        attend(query, pairs, desk.visible.data(), queries, scale, more);
         put_together(found, more, queries, dim);
       }
     }
@@ -483,7 +497,8 @@ class Model {
   int rows_ = 0, room_ = 0;
   std::vector<Place> places_;
   std::vector<Share> shares_;
-  std::vector<int> chunk_of_;  // by row
+  std::vector<std::pair<int, int>> placed_together_;  // rows whose keys share cache lines
+  std::vector<int> chunk_of_;                         // by row
   OperandRows operands_;
   Buffer<float> vectors_, gated_;
   Buffer<Bf16> queries_;  // (kv_heads, rows, group, head_dim)
