@@ -21,8 +21,8 @@ from crdt_llm.inference.prompt.transcript import Transcript
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from crdt_llm.inference.node.replies import Trouble
     from crdt_llm.inference.node.shared import Shared
-    from crdt_llm.inference.node.sitting import Trouble
 
 logger = logging.getLogger("crdt_llm.inference")
 

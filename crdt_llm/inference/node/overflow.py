@@ -4,7 +4,7 @@ This module owns the two ways out that a conversation's policy can name, ``drop_
 ``summarise``, and the making of a summary. Both leave the end of the path as it is, keep a system
 entry at its beginning, and make room for half of the positions, so that the prompt is read anew
 once and then goes on for a while. It must not write: what was decided is written by
-:mod:`crdt_llm.inference.node.sitting`, and from then on the document alone says what is read.
+:mod:`crdt_llm.inference.node.admission`, and from then on the document alone says what is read.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from crdt_llm.document.chain import Link, commit_content, commit_tokens, prove
-from crdt_llm.document.schema import SALT_BYTES, Usage, seed_of
+from crdt_llm.document.schema import SALT_BYTES, State, Usage, seed_of
 from crdt_llm.document.seal import FINAL_CHUNK, Hidden, Kind
 from crdt_llm.errors import BadProof, LocalMisuse, PromptTooLong
 from crdt_llm.inference.contract import SamplingParams
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from crdt_llm.document.conversation import Conversation, Writer
     from crdt_llm.document.keys import SigningKey
-    from crdt_llm.document.schema import Entry, State
+    from crdt_llm.document.schema import Entry
     from crdt_llm.document.seal import Sealer, Where
     from crdt_llm.errors import CrdtLlmError
     from crdt_llm.inference.prompt.tokens import Vocabulary
@@ -88,6 +88,12 @@ def describe(error: CrdtLlmError) -> tuple[str, str]:
         LocalMisuse: "bad-request",
     }
     return codes.get(type(error), "failed"), str(error)
+
+
+def fail(writer: Writer, slot: str, code: str, message: str) -> None:
+    """Write that a slot failed; see :func:`describe`."""
+    writer.state(slot, State.FAILED)
+    writer.usage(slot, Usage(finish="error", error_code=code, error_message=message))
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from crdt_llm.document.schema import SCHEMA_VERSION, Born, Params, Role, State, 
 from crdt_llm.errors import EngineDied, PromptTooLong
 from crdt_llm.inference.contract import Capabilities, Finished, Prefilled, Sampled
 from crdt_llm.inference.engine.process import EngineProcess
-from crdt_llm.inference.node import generation, sitting
+from crdt_llm.inference.node import generation, replies
 from crdt_llm.inference.prompt.renderer import ParentTail, Renderer
 from crdt_llm.inference.prompt.tokens import Vocabulary
 from crdt_llm.inference.prompt.transcript import Transcript
@@ -119,7 +119,7 @@ async def test_what_hidden_fields_are_written_in_is_kept_for_the_next_turn_and_n
         for text in ("hello", "and then?", "go on"):
             await room.ended(room.ask(text, **GREEDY))
         assert made == ["made"]
-        monkeypatch.setattr(sitting, "SEAL_KEPT_S", 0.0)
+        monkeypatch.setattr(replies, "SEAL_KEPT_S", 0.0)
         await room.ended(room.ask("that is all", **GREEDY))
         async with asyncio.timeout(10):
             await released.wait()
