@@ -337,10 +337,14 @@ class TorchEngine:
         extent = self._reserve(request, path, planned, emit)
         if extent is None or extent.slot in planned:
             return  # of two that stand at one tip the second one copies it, in the next step
-        rows = min(rows_max, request.missing, extent.room)
-        chunk = Chunk(path.length, rows, [tile.slot for tile in path.tiles])
-        ids = request.ids[path.length : path.length + rows]
-        planned[extent.slot] = _Planned(request, path, ids, chunk)
+        first, end = path.length, path.length + min(rows_max, request.missing)
+        room: Extent | None = extent
+        while room is not None:  # a chunk for each tile that the rows lie in
+            rows = min(end - first, room.room)
+            chunk = Chunk(first, rows, [tile.slot for tile in path.tiles])
+            planned[room.slot] = _Planned(request, path, request.ids[first : first + rows], chunk)
+            first += rows
+            room = path.reserve_behind() if first < end else None
 
     def _reserve(
         self, request: Request, path: Path, planned: dict[int, _Planned], emit: Emit

@@ -229,7 +229,8 @@ class ForwardStep(Protocol):
 
         Args:
             state: float32, ``(rows, hidden)``: embeddings of the chunks in their order; used up.
-            chunks: where the rows stand; no two of them in one slot.
+            chunks: where the rows stand; no two of them in one slot. One that goes on where another
+                one fills its tile stands behind it.
             pool: where the KV before them is, and theirs goes.
         """
 
@@ -302,7 +303,8 @@ class Llama:
 
         Args:
             ids: int64, as many as the chunks have rows, in their order.
-            chunks: where the rows stand; no two of them in one slot.
+            chunks: where the rows stand; no two of them in one slot. One that goes on where another
+                one fills its tile stands behind it.
             pool: where the KV before them is, and theirs goes.
         """
         self._step.forward(_rows_of(self._embedding, ids), chunks, pool)

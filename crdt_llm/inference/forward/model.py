@@ -78,7 +78,8 @@ class Model(Protocol):
 
         Args:
             ids: int64 on the host, as many as the chunks have rows, in their order.
-            chunks: where the rows stand; no two of them in one slot.
+            chunks: where the rows stand; no two of them in one slot. One that goes on where another
+                one fills its tile stands behind it.
             pool: where the KV before them is, and theirs goes.
         """
         ...

@@ -190,7 +190,8 @@ class NativeStep:
 
         Args:
             state: float32, ``(rows, hidden)``: embeddings of the chunks in their order; used up.
-            chunks: where the rows stand; no two of them in one slot.
+            chunks: where the rows stand; no two of them in one slot. One that goes on where another
+                one fills its tile stands behind it.
             pool: where the KV before them is, and theirs goes.
         """
         self._check(state, chunks, pool)

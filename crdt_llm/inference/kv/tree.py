@@ -15,7 +15,8 @@ lives in one slot of the pool and holds the rows of its first ``len(tile.tokens)
 
 Invariants:
   1. A row never changes once it is written: KV depends on the ids before it alone.
-  2. Only a full tile has children, so a shared prefix is shared by reference in whole tiles.
+  2. Only a full tile has children, so a shared prefix is shared by reference in whole tiles. (The
+     step that fills a tile may have an empty child of it reserved.)
   3. A tile grows at its end only, by the one path that stands at its tip; any other path that goes
      on differently from inside a tile copies the rows it shares.
   4. A tile is evicted only if no path pins it and nothing resident builds on it.
@@ -156,8 +157,19 @@ class Path:
         """
         return self._tree.reserve(self)
 
+    def reserve_behind(self) -> Extent | None:
+        """Find room for rows behind the tile that was reserved, so that one step fills both.
+
+        Whoever asks appends the rest of that tile before anything else happens to the tree, or
+        closes the path.
+
+        Returns:
+            The next tile; None if every slot is in use by a running request.
+        """
+        return self._tree.reserve_behind(self)
+
     def append(self, ids: Ids) -> None:
-        """Record that the rows reserved now hold the KV of ``ids``."""
+        """Record that the rows reserved now hold the KV of ``ids``, of one tile."""
         self._tree.append(self, ids)
 
     def keep(self) -> None:
@@ -269,6 +281,16 @@ class KvTree:
                 path.tiles[depth] = copy
                 self._unpin(tile)
         return Extent(slot=path.tiles[depth].slot, offset=offset, room=TILE - offset)
+
+    def reserve_behind(self, path: Path) -> Extent | None:
+        """See :meth:`Path.reserve_behind`."""
+        self._check_open(path)
+        try:
+            tile = self._new_tile(path.tiles[-1], np.empty(0, np.uint32))
+        except EngineBusy:
+            return None
+        path.tiles.append(tile)
+        return Extent(slot=tile.slot, offset=0, room=TILE)
 
     def append(self, path: Path, ids: Ids) -> None:
         """See :meth:`Path.append`."""

@@ -842,6 +842,20 @@ def test_no_company_cut_or_thread_leaves_a_trace(
 
 
 @needs_kernels
+@FORMATS
+@pytest.mark.parametrize("start", [TILE - 1, TILE - 30, TILE - 64])
+def test_a_chunk_may_go_on_where_another_one_fills_its_tile(weight_format: str, start: int) -> None:
+    model = new_model(SHAPES["head-64, 3 rows a key"], weight_format)
+    rows = embeddings(model, start + 80)
+    one, other = model.pool(2), model.pool(2)
+    run_path(model, one, rows, [1, 0], cuts=(start,))
+    run_path(model, other, rows[:start], [1, 0])
+    chunks = [Chunk(start, TILE - start, [1]), Chunk(TILE, len(rows) - TILE, [1, 0])]
+    model.step.forward(rows[start:].clone(), chunks, other)
+    assert torch.equal(hidden_of(one, [1, 0], len(rows)), hidden_of(other, [1, 0], len(rows)))
+
+
+@needs_kernels
 def test_calls_on_more_and_fewer_threads_in_quick_succession() -> None:
     model = new_model(SHAPE, INT8)
     rows = embeddings(model, 3)

@@ -21,7 +21,7 @@ from crdt_llm.errors import EngineBusy, LocalMisuse
 from crdt_llm.inference.kv.tree import TILE, KvTree, common_prefix
 
 if TYPE_CHECKING:
-    from crdt_llm.inference.kv.tree import Path
+    from crdt_llm.inference.kv.tree import Extent, Path
 
 SLOTS = 6
 
@@ -68,12 +68,19 @@ def compute(path: Path, slots: RecordingSlots, ids: np.ndarray, limit: int = 64)
     """Bring the rows of ``ids``, as the engine does; returns how many were computed."""
     computed = 0
     while path.length < len(ids):
-        extent = path.reserve()
-        rows = min(limit, extent.room, len(ids) - path.length)
-        for index in range(rows):
-            slots.compute(extent.slot, extent.offset + index, ids[: path.length + index + 1])
-        path.append(ids[path.length : path.length + rows])
-        computed += rows
+        first, end = path.length, min(path.length + limit, len(ids))
+        extent: Extent | None = path.reserve()
+        parts = []
+        while extent is not None:
+            rows = min(extent.room, end - first)
+            for index in range(rows):
+                slots.compute(extent.slot, extent.offset + index, ids[: first + index + 1])
+            parts.append(ids[first : first + rows])
+            first += rows
+            extent = path.reserve_behind() if first < end else None
+        for part in parts:
+            path.append(part)
+            computed += len(part)
     return computed
 
 
@@ -188,6 +195,27 @@ def test_a_reservation_that_is_never_written_gives_its_slot_back(tree: KvTree) -
     path.close()
     path.close()
     assert tree.free_slots == SLOTS
+
+
+def test_what_is_reserved_behind_a_tile_goes_back_if_it_is_never_written(tree: KvTree) -> None:
+    path = tree.open(ids_of((1, 300)))
+    path.reserve()
+    extent = path.reserve_behind()
+    assert extent is not None
+    assert (extent.offset, extent.room) == (0, TILE)
+    path.close()
+    assert tree.free_slots == SLOTS
+    assert not list(tree.tiles())
+
+
+def test_there_may_be_no_room_behind_a_tile(tree: KvTree, slots: RecordingSlots) -> None:
+    for value in range(2, SLOTS + 1):
+        compute(tree.open(ids_of((value, 1))), slots, ids_of((value, 1)))
+    path = tree.open(ids_of((1, 300)))
+    path.reserve()
+    assert path.reserve_behind() is None
+    path.append(ids_of((1, TILE)))
+    assert path.length == TILE
 
 
 def test_neighbouring_tiles_of_a_path_lie_in_neighbouring_slots(
