@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 from local_room import make_node
 
 from crdt_llm.inference.engine.process import EngineProcess
+from crdt_llm.inference.prompt.renderer import ParentTail, Renderer
+from crdt_llm.inference.prompt.tokens import Vocabulary
+from crdt_llm.inference.prompt.transcript import Transcript
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 
     from local_room import LocalRoom
 
+    from crdt_llm.document.schema import Entry
+    from crdt_llm.document.seal import Hidden
     from crdt_llm.inference.node.node import Node
 
 
@@ -58,3 +63,26 @@ async def running(
         yield node
     finally:
         await node.close()
+
+
+async def forget_all(engine: EngineProcess, model_dir: Path) -> None:
+    """Every conversation begins with the same token."""
+    renderer = Renderer.learn(model_dir, Vocabulary.load(model_dir))
+    beginning = renderer.segment(
+        role="user", content="", is_root=True, root_at_ms=0, parent=ParentTail()
+    )
+    await engine.forget(beginning[:1])
+
+
+def hidden_of(room: LocalRoom, node: Node, entry: Entry) -> Hidden:
+    identity = node.identity
+    transcript = Transcript(room.replica, node.renderer, identity.sealer)
+    hidden = transcript.hidden(entry)
+    assert hidden is not None
+    return hidden
+
+
+def assert_text_is_of_its_ids(room: LocalRoom, node: Node, entry: Entry) -> None:
+    hidden = hidden_of(room, node, entry)
+    stop = hidden.params["stop"]
+    assert entry.content == node.vocabulary.text_of(hidden.ids, hidden.kinds, stop)

@@ -7,30 +7,23 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
-import pytest_asyncio
 from lent_engine import start_node
 from local_room import LocalRoom, LocalSeat
 
 from crdt_llm.document.schema import State
 from crdt_llm.errors import Refused
-from crdt_llm.inference.engine.process import EngineProcess
 from crdt_llm.inference.node.held import Held
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
     from typing import Any
+
+    from crdt_llm.inference.engine.process import EngineProcess
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SHORT = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
-
-
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def engine(tiny_model_dir: Path) -> AsyncIterator[EngineProcess]:
-    async with await EngineProcess.start(tiny_model_dir, threads=1) as engine:
-        yield engine
 
 
 @dataclass(slots=True)

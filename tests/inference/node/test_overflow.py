@@ -5,23 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-import pytest_asyncio
 from lent_engine import running
 from local_room import LocalRoom
 
 from crdt_llm.document.chain import verify_path
 from crdt_llm.document.reading import is_summary, read
 from crdt_llm.document.schema import Params, Role, State
-from crdt_llm.inference.engine.process import EngineProcess
 from crdt_llm.inference.node.overflow import HEADING
 from crdt_llm.inference.prompt.transcript import Transcript
 from crdt_llm.inference.replay.replay import replay
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from crdt_llm.document.schema import Entry
+    from crdt_llm.inference.engine.process import EngineProcess
     from crdt_llm.inference.node.node import Node
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -29,12 +27,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 POSITIONS = 2048  # of the tiny model
 GREEDY = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
 LONG = "the user asks what was said and the model reads it; " * 12  # some 250 tokens
-
-
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def engine(tiny_model_dir: Path) -> AsyncIterator[EngineProcess]:
-    async with await EngineProcess.start(tiny_model_dir, threads=1) as engine:
-        yield engine
 
 
 def room_with(policy: str, seed: int) -> LocalRoom:

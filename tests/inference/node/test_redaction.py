@@ -10,24 +10,22 @@ import types
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import pytest_asyncio
 from lent_engine import running
 from local_room import LocalRoom
 
 from crdt_llm.document.chain import verify_path
 from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.schema import Params, State
-from crdt_llm.inference.engine.process import EngineProcess
 from crdt_llm.inference.node import generation
 from crdt_llm.inference.node.digests import Digests
 from crdt_llm.inference.prompt.renderer import REDACTED_TEXT
 from crdt_llm.inference.prompt.transcript import Transcript
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from crdt_llm.document.schema import Entry
+    from crdt_llm.inference.engine.process import EngineProcess
     from crdt_llm.inference.node.node import Node
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -35,12 +33,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 WITHDRAWN = "the code is 7391"
 GREEDY = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
 LONG = {"temperature": 0.0, "max_tokens": 1500, "ignore_eos": True}
-
-
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def engine(tiny_model_dir: Path) -> AsyncIterator[EngineProcess]:
-    async with await EngineProcess.start(tiny_model_dir, threads=1) as engine:
-        yield engine
 
 
 def redact(room: LocalRoom, entry: str) -> None:

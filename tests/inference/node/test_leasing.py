@@ -7,33 +7,26 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-import pytest_asyncio
 from lent_engine import start_node
 from local_room import LocalRoom
 
 from crdt_llm.document.chain import verify_path
 from crdt_llm.document.schema import State
 from crdt_llm.errors import LeaseLost
-from crdt_llm.inference.engine.process import EngineProcess
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
     from pathlib import Path
 
     from local_room import LocalSeat
 
+    from crdt_llm.inference.engine.process import EngineProcess
     from crdt_llm.inference.node.seat import Lease
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 LONG = {"temperature": 0.7, "max_tokens": 600, "seed": 3, "ignore_eos": True}
 SHORT = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
-
-
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def engine(tiny_model_dir: Path) -> AsyncIterator[EngineProcess]:
-    async with await EngineProcess.start(tiny_model_dir, threads=1) as engine:
-        yield engine
 
 
 class Desk:
