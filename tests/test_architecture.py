@@ -118,6 +118,14 @@ def test_no_modules_import_each_other_in_a_circle(room: str) -> None:
     assert set(order) == files.keys()
 
 
+@pytest.mark.parametrize("part", sorted(PARTS["inference"].keys() - {"__init__", "contract"}))
+def test_a_part_of_inference_says_what_is_where(part: str) -> None:
+    folder = PACKAGE / "inference" / part
+    says = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    modules = {path.name.removesuffix(".py") for path in folder.glob("[!_]*")}
+    assert modules <= set(says.split("``")[1::2]), "not all modules are on the map"
+
+
 @pytest.mark.parametrize("library", DOORWAYS)
 def test_each_heavy_library_has_one_doorway(library: str) -> None:
     users = {

@@ -1,4 +1,5 @@
 """Model folders: their names, how the default one is fetched and converted, and what is damaged.
 
-Neither torch nor transformers is loaded here, nor anything that reads a tensor.
+``folders`` finds and fetches them, ``convert`` makes the default one of what was fetched. Neither
+torch nor transformers is loaded here, nor anything that reads a tensor.
 """
