@@ -71,6 +71,10 @@ REQUEST_BYTES_MAX: Final = 16 << 10
 FRAME_BYTES_MAX: Final = UPDATE_BYTES_MAX + (2 << 20)
 """The largest frame: an update, a state vector of 65,536 clients, and its header."""
 
+VALUES_MAX: Final = 1 << 16
+"""Values of one frame, lists and their elements alike, before any of them is made: an empty list
+takes one byte of a frame and sixty of memory. A thousand lines of a list have 15,000."""
+
 HELLO_BYTES_MAX: Final = 16 << 10
 """The largest first frame: nobody is known before it, so nobody may make the relay read more."""
 
@@ -669,6 +673,9 @@ def decode_from_relay(frame: bytes) -> FromRelay:
 def _decode(frame: bytes, table: _Table) -> Any:
     if len(frame) > FRAME_BYTES_MAX:
         raise MalformedMessage(f"a frame has at most {FRAME_BYTES_MAX} bytes")
+    # A value takes a byte at least, so most frames need not be counted.
+    if len(frame) > VALUES_MAX and not _are_few(frame):
+        raise MalformedMessage(f"a frame has at most {VALUES_MAX} values")
     try:
         parts = msgpack.unpackb(frame)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
@@ -685,6 +692,58 @@ def _decode(frame: bytes, table: _Table) -> Any:
         return kind(*(form(value) for form, value in zip(forms, parts[1:], strict=True)))
     except UnicodeEncodeError as error:  # lone surrogates cannot be encoded
         raise MalformedMessage("text is not valid Unicode") from error
+
+
+_FIXED: Final = {
+    **dict.fromkeys(range(0x80), 0),
+    **{0xA0 + length: length for length in range(32)},
+    **dict.fromkeys((0xC0, 0xC1, 0xC2, 0xC3), 0),
+    0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8,
+    **{0xD4 + power: 1 + 2**power for power in range(5)},
+    **dict.fromkeys(range(0xE0, 0x100), 0),
+}
+"""First byte of a MessagePack value -> bytes behind it, where the byte says how many."""
+
+_COUNTED: Final = {
+    0xC4: (1, 0), 0xC5: (2, 0), 0xC6: (4, 0),
+    0xC7: (1, 1), 0xC8: (2, 1), 0xC9: (4, 1),
+    0xD9: (1, 0), 0xDA: (2, 0), 0xDB: (4, 0),
+}
+"""First byte -> bytes of the length behind it, and bytes that the length does not count."""
+
+_CONTAINERS: Final = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
+"""First byte -> bytes of the count behind it, and values to each that is counted."""
+
+_SHORT_MAPS: Final = range(0x80, 0x90)
+_SHORT_LISTS: Final = range(0x90, 0xA0)
+
+
+def _are_few(frame: bytes) -> bool:
+    """Whether a frame has no more than :data:`VALUES_MAX` values, without making one of them.
+
+    What is cut off or no MessagePack is not noticed here.
+    """
+    at, expected, seen = 0, 1, 0
+    while seen < expected and at < len(frame):
+        seen += 1
+        first = frame[at]
+        at += 1
+        if (more := _FIXED.get(first)) is not None:
+            at += more
+        elif first in _SHORT_MAPS:
+            expected += 2 * (first - _SHORT_MAPS.start)
+        elif first in _SHORT_LISTS:
+            expected += first - _SHORT_LISTS.start
+        elif first in _COUNTED:
+            size, uncounted = _COUNTED[first]
+            at += size + uncounted + int.from_bytes(frame[at : at + size])
+        else:
+            size, each = _CONTAINERS[first]
+            expected += each * int.from_bytes(frame[at : at + size])
+            at += size
+        if expected > VALUES_MAX:
+            return False
+    return True
 
 
 def _bare(value: Any) -> Any:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,17 @@ from sync.wire.make_frame_vectors import CASES, CONVERSATION, FILE, MALFORMED, t
 
 from crdt_llm.document.schema import Grant, entry_id
 from crdt_llm.errors import LocalMisuse, MalformedMessage
+from crdt_llm.sync.wire import frames
 from crdt_llm.sync.wire.frames import (
     CHANNEL_MAX,
     DRAFT_BYTES_MAX,
+    FRAME_BYTES_MAX,
     FROM_CLIENT,
     FROM_RELAY,
     LISTED_MAX,
     REASON_BYTES_MAX,
     REQUEST_BYTES_MAX,
+    VALUES_MAX,
     Ack,
     Answer,
     Change,
@@ -257,6 +261,79 @@ def test_limits_are_where_they_are_said_to_be(fits: Frame, does_not: Frame) -> N
     assert DECODERS[side](encode(fits)) == fits
     with pytest.raises(MalformedMessage):
         DECODERS[side](encode(does_not))
+
+
+MANY = FRAME_BYTES_MAX - 100
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\x93\x05\x01\xdd" + MANY.to_bytes(4) + b"\x90" * MANY,
+        b"\x93\x05\x01" + b"\x9f" * MANY,
+        b"\x91" * MANY,
+        b"\x94\x09\x01\xa1a\xdf" + (MANY // 2).to_bytes(4) + b"\xa0\xc0" * (MANY // 2),
+        b"\x94\x09\x01\xa1a\xdd\xff\xff\xff\xff" + b"\xc0" * VALUES_MAX,
+    ],
+    ids=[
+        "empty lists",
+        "lists of lists",
+        "a deep list",
+        "a map of one key",
+        "a list that is cut off",
+    ],
+)
+def test_a_frame_full_of_small_values_is_refused_before_they_are_made(raw: bytes) -> None:
+    """An empty list takes a byte of a frame and sixty of memory: a gigabyte, and ten seconds."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(MalformedMessage, match="values"):
+            decode_from_client(raw)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 1 << 20
+
+
+def count(value: Any) -> int:
+    if isinstance(value, list):
+        return 1 + sum(map(count, value))
+    if isinstance(value, dict):
+        return 1 + sum(count(key) + count(one) for key, one in value.items())
+    return 1
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**63), 2**64 - 1)
+        | st.floats()
+        | st.text(max_size=300)
+        | st.binary(max_size=300)
+        | st.builds(msgpack.ExtType, st.integers(0, 127), st.binary(max_size=40)),
+        lambda one: st.lists(one, max_size=40) | st.dictionaries(st.text(max_size=40), one),
+    )
+)
+def test_values_are_counted_without_being_made(value: Any) -> None:
+    raw = msgpack.packb(value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frames, "VALUES_MAX", count(value))
+        assert frames._are_few(raw)
+        patch.setattr(frames, "VALUES_MAX", count(value) - 1)
+        # That nothing at all may come is asked of nobody: the count begins with the first.
+        assert not frames._are_few(raw) or count(value) == 1
+
+
+@pytest.mark.parametrize("size", [0, 31, 32, 255, 256, 65_535, 65_536])
+def test_long_values_are_counted_as_one(size: int) -> None:
+    for value in ("x" * size, b"x" * size, msgpack.ExtType(1, b"x" * size)):
+        assert frames._are_few(msgpack.packb([value, [None] * (VALUES_MAX - 3)]))
+        assert not frames._are_few(msgpack.packb([value, [None] * (VALUES_MAX - 2)]))
+    assert frames._are_few(msgpack.packb([None] * size)) == (size < VALUES_MAX)
+    assert frames._are_few(msgpack.packb(dict.fromkeys(map(str, range(size // 2))))) == (
+        size < VALUES_MAX
+    )
 
 
 def test_what_no_frame_can_carry_is_not_sent() -> None:
