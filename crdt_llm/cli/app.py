@@ -530,6 +530,14 @@ def import_(
             "--trust", help="Take a conversation that this relay has never known, or forgot."
         ),
     ] = False,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            help="Drop what is stored of a conversation that lacks something admitted, for a file"
+            " that lacks nothing.",
+        ),
+    ] = False,
     data: _Data = None,
     json: _Json = False,
     verbose: _Verbose = False,
@@ -543,7 +551,9 @@ def import_(
     from crdt_llm.cli.import_ import run_import  # noqa: PLC0415 - as above
 
     _log(verbose=verbose)
-    run_import(file, folder=DataFolder.named(data), trust=trust, json=json)
+    if trust and replace:
+        raise LocalMisuse("--trust is for what was forgotten, --replace for what is known")
+    run_import(file, folder=DataFolder.named(data), trust=trust, replace=replace, json=json)
 
 
 @app.command(cls=Command, epilog="Example: crdt-llm conformance http://127.0.0.1:8765/")

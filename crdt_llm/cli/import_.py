@@ -22,6 +22,7 @@ from crdt_llm.errors import LocalMisuse, MalformedMessage, Refused, StoreFailed
 from crdt_llm.store.register import SqliteRegister
 from crdt_llm.store.sqlite import SqliteLog
 from crdt_llm.sync.relay.hub import Hub
+from crdt_llm.sync.relay.replacement import replace_stored
 from crdt_llm.sync.update.structure import DOCUMENT_LIMITS, read_update
 from crdt_llm.sync.wire.y_websocket import UPDATE_BYTES_MAX
 
@@ -37,11 +38,13 @@ _UNKNOWABLE: Final = (
 """What no document proves of itself, and only the register would have known."""
 
 
-def run_import(path: Path, *, folder: DataFolder, trust: bool, json: bool) -> None:
+def run_import(path: Path, *, folder: DataFolder, trust: bool, replace: bool, json: bool) -> None:
     """Bring a conversation back, and say what was taken without proof.
 
     Raises:
-        LocalMisuse: the file holds no conversation, or nothing here vouches for it.
+        LocalMisuse: the file holds no conversation, nothing here vouches for it, or it would
+            replace what lacks nothing.
+        Behind: it would replace what lacks something, and lacks something itself.
         Refused: what it says does not prove itself.
         DataFolderBusy: a relay serves the folder.
         StoreFailed: the file cannot be read, or the folder not be written.
@@ -54,15 +57,16 @@ def run_import(path: Path, *, folder: DataFolder, trust: bool, json: bool) -> No
         )
     lock = lock_folder(folder)
     try:
-        doubts = asyncio.run(_import(folder, identity, update, trust=trust))
+        told = asyncio.run(_import(folder, identity, update, trust=trust, replace=replace))
     finally:
         lock.release()
+    what = "dropped" if replace else "unverified"
     if json:
-        print(json_format.dumps({"conversation": identity, "unverified": list(doubts)}))  # noqa: T201 - the terminal
+        print(json_format.dumps({"conversation": identity, what: list(told)}))  # noqa: T201 - the terminal
         return
     print(identity)  # noqa: T201 - as above
-    for doubt in doubts:
-        print(f"not verified: {one_line(doubt)}", file=sys.stderr)  # noqa: T201 - as above
+    for line in told:
+        print(f"{what}: {one_line(line)}", file=sys.stderr)  # noqa: T201 - as above
 
 
 def _read(path: Path) -> bytes:
@@ -91,7 +95,7 @@ def _identity(path: Path, update: bytes) -> str:
 
 
 async def _import(
-    folder: DataFolder, identity: str, update: bytes, *, trust: bool
+    folder: DataFolder, identity: str, update: bytes, *, trust: bool, replace: bool
 ) -> tuple[str, ...]:
     async with AsyncExitStack() as stack:
         log = await SqliteLog.open(folder.log)
@@ -105,6 +109,10 @@ async def _import(
                 " what, from the file"
             )
         relay = SigningKey(load_or_create_secret(folder.key("relay")))
+        if replace:
+            return await replace_stored(
+                identity, update, log=log, register=register, relay_key=relay.public
+            )
         hub = Hub(log, register=register, relay_key=relay.public)
         stack.push_async_callback(hub.close)
         doubts = await hub.import_trusted(identity, update)

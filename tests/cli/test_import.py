@@ -114,3 +114,18 @@ async def test_a_file_that_is_no_conversation_is_said_to_be_none(
     done = await shell.run("import", str(tmp_path / "missing"), *exported.data)
     assert done.code == 1
     assert "cannot be read" in done.complaint
+
+
+async def test_only_what_lacks_something_is_replaced(exported: Exported) -> None:
+    done = await shell.run("import", "--replace", str(exported.file), *exported.data)
+    assert done.code == 2
+    assert "without --replace" in done.complaint
+    done = await shell.run("import", "--replace", "--trust", str(exported.file), *exported.data)
+    assert done.code == 2
+    before = load_stored(exported.server.folder.log, exported.identity)
+    exported.lose_log()
+    done = await shell.run("import", "--replace", "--json", str(exported.file), *exported.data)
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == {"conversation": exported.identity, "dropped": []}
+    after = load_stored(exported.server.folder.log, exported.identity)
+    assert after.view() == before.view()

@@ -698,16 +698,31 @@ _FIXED: Final = {
     **dict.fromkeys(range(0x80), 0),
     **{0xA0 + length: length for length in range(32)},
     **dict.fromkeys((0xC0, 0xC1, 0xC2, 0xC3), 0),
-    0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8,
+    0xCA: 4,
+    0xCB: 8,
+    0xCC: 1,
+    0xCD: 2,
+    0xCE: 4,
+    0xCF: 8,
+    0xD0: 1,
+    0xD1: 2,
+    0xD2: 4,
+    0xD3: 8,
     **{0xD4 + power: 1 + 2**power for power in range(5)},
     **dict.fromkeys(range(0xE0, 0x100), 0),
 }
 """First byte of a MessagePack value -> bytes behind it, where the byte says how many."""
 
 _COUNTED: Final = {
-    0xC4: (1, 0), 0xC5: (2, 0), 0xC6: (4, 0),
-    0xC7: (1, 1), 0xC8: (2, 1), 0xC9: (4, 1),
-    0xD9: (1, 0), 0xDA: (2, 0), 0xDB: (4, 0),
+    0xC4: (1, 0),
+    0xC5: (2, 0),
+    0xC6: (4, 0),
+    0xC7: (1, 1),
+    0xC8: (2, 1),
+    0xC9: (4, 1),
+    0xD9: (1, 0),
+    0xDA: (2, 0),
+    0xDB: (4, 0),
 }
 """First byte -> bytes of the length behind it, and bytes that the length does not count."""
 

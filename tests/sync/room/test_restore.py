@@ -14,6 +14,7 @@ from sync.leased_node import LeasedNode, ask
 from sync.native import PASSES, Native, open_frame
 from sync.rooms import RELAY_KEY, born, turns
 from sync.rooms import Place as House
+from sync.update_writer import update_bytes
 
 from crdt_llm.document.chain import lease_message, verify_path
 from crdt_llm.document.conversation import Conversation
@@ -30,13 +31,23 @@ from crdt_llm.document.schema import (
     entry_id,
 )
 from crdt_llm.document.seal import place_of
-from crdt_llm.errors import BadProof, Behind, Forbidden, Gap, Refused, StoreFailed
+from crdt_llm.errors import (
+    BadProof,
+    Behind,
+    Forbidden,
+    Gap,
+    LocalMisuse,
+    Refused,
+    StoreFailed,
+)
 from crdt_llm.store.memory import MemoryDisk
 from crdt_llm.store.register import Row
 from crdt_llm.sync.relay.access import Pass
 from crdt_llm.sync.relay.plain_peer import RemotePeer
+from crdt_llm.sync.relay.replacement import replace_stored
 from crdt_llm.sync.room import ledger
 from crdt_llm.sync.room.restore import SIGNATURES_AT_ONCE, verify_chunks
+from crdt_llm.sync.update.structure import HELD_LIMITS, Kind, Struct, read_update
 from crdt_llm.sync.wire.frames import Ack, Opened, Restore
 from crdt_llm.sync.wire.y_websocket import SyncStep1, SyncStep2, decode, decode_state_vector, encode
 
@@ -1376,3 +1387,80 @@ async def test_replicas_of_any_age_in_any_order_give_the_newest_back(seed: int) 
     assert replica.view() == newest.view()
     assert replica.state_vector() == newest.state_vector()
     assert world.room.behind == ()
+
+
+# -- behind for good ------------------------------------------------------------------------------
+
+
+def collected(document: bytes, clients: set[int]) -> bytes:
+    """The same document, with all that some clients wrote as if it had been collected."""
+    structure = read_update(document, HELD_LIMITS)
+    structs: list[Struct] = []
+    for client, items in structure.structs.items():
+        end = items[-1].end
+        nothing = Struct(Kind.GC, client, 0, end, None, None, None, None, None)
+        structs += [nothing] if client in clients else items
+    return update_bytes(structs)
+
+
+async def behind_for_good() -> tuple[World, bytes]:
+    """A reader has brought back structs that say nothing, at the clocks of what a node wrote."""
+    world = await a_world()
+    await world.node.finish(world.streaming)
+    true = world.document()
+    row = world.place.rows[CONVERSATION]
+    nodes = {client for client, whose in row.clients.items() if ledger.are_of_a_node(whose)}
+    world.lose_log()
+    await restored(world, collected(true, nodes), "rita")
+    owner = await restored(world, true)
+    assert world.room.behind == (world.streaming,)  # known clocks, so nothing of it came in
+    own = Device(Random(5))
+    own.merge(world.document())
+    await owner.membership.submit(own.say("written meanwhile"))
+    return world, true
+
+
+def replacing(world: World, update: bytes) -> Any:
+    place = world.place
+    return replace_stored(
+        CONVERSATION,
+        update,
+        log=place.hub._log,
+        register=place.hub._register,
+        relay_key=RELAY_KEY.public,
+    )
+
+
+async def test_an_operator_puts_a_true_replica_in_the_place_of_one_that_says_nothing() -> None:
+    world, true = await behind_for_good()
+    later = set(world.replica().tree.entries)
+    await world.place.hub.close()
+    world.place.open_hub(seed=7)
+    dropped = await replacing(world, true)
+    before = Conversation(1, update=true)
+    assert set(dropped) == later - set(before.tree.entries)
+    assert dropped
+    node = LeasedNode(await world.place.join("node", node=True))
+    assert world.replica().view() == before.view()
+    assert world.replica().entry(world.streaming) == before.entry(world.streaming)
+    assert world.room.behind == ()
+    await node.take_lease(world.place)
+
+
+async def test_nothing_is_replaced_that_lacks_nothing_or_by_what_does_not_prove_itself() -> None:
+    world, true = await behind_for_good()
+    await world.place.hub.close()
+    world.place.open_hub(seed=7)
+    stored = world.place.disk.conversations[CONVERSATION]
+    forger = Forger(true, world)
+    grow(forger, world.done, " Not.")
+    with pytest.raises(Refused):
+        await replacing(world, forger.doc.get_update())
+    half = Conversation(1, update=true)
+    nothing = collected(true, set(decode_state_vector(half.state_vector())) - {half.client_id})
+    with pytest.raises((Behind, Gap)):
+        await replacing(world, nothing)
+    assert world.place.disk.conversations[CONVERSATION] == stored
+    await replacing(world, true)
+    with pytest.raises(LocalMisuse):
+        await replacing(world, true)
