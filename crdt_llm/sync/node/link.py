@@ -27,7 +27,6 @@ from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.keys import verify
 from crdt_llm.errors import (
     BadProof,
-    Behind,
     ConnectionLost,
     Corrupt,
     Forbidden,
@@ -574,10 +573,9 @@ _REFUSALS: Final[Mapping[Code, type[Refused]]] = {
     Code.INVALID: Refused,
     Code.TOO_LARGE: TooLarge,
 }
-_TROUBLES: Final[Mapping[Code, type[Gap | LeaseLost | Behind]]] = {
+_TROUBLES: Final[Mapping[Code, type[Gap | LeaseLost]]] = {
     Code.GAP: Gap,
     Code.STALE_EPOCH: LeaseLost,
-    Code.BEHIND: Behind,
 }
 
 

@@ -71,9 +71,6 @@ application a few for those on its screen. Each keeps a room in memory."""
 LEFT: Final = 1000
 """The code of a channel that ended because its client left (RFC 6455: normal closure)."""
 
-_CODES: Final[Mapping[str, Code]] = {code: code for code in (Code.STALE_EPOCH, Code.BEHIND)}
-"""Codes of refusals that are known by their own name."""
-
 
 class Phase(enum.Enum):
     """Where a connection stands."""
@@ -396,8 +393,8 @@ class NativeSession:
 def code_of(error: Refused | MalformedMessage) -> Code:
     """What a client does about a refusal."""
     match error:
-        case Refused(code=code) if code in _CODES:
-            return _CODES[code]
+        case Refused(code=Code.STALE_EPOCH):
+            return Code.STALE_EPOCH
         case TooLarge():
             return Code.TOO_LARGE
         case Forbidden():

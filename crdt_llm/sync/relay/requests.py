@@ -28,7 +28,7 @@ from crdt_llm.document.schema import WHOLE_MAX, Grant, is_conversation_id
 from crdt_llm.errors import CrdtLlmError, Forbidden, LocalMisuse, Refused, Unavailable
 from crdt_llm.sync.relay.access import OWNER
 from crdt_llm.sync.wire.frames import NAME_CHARACTERS_MAX, REASON_BYTES_MAX, Answer
-from crdt_llm.sync.wire.verdict import shorten
+from crdt_llm.sync.wire.verdict import reason_of, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -124,7 +124,7 @@ class Requests:
         except (Refused, LocalMisuse) as error:
             code, reason = INVALID, str(error)
         except (Unavailable, CrdtLlmError) as error:
-            code, reason = UNAVAILABLE, str(error)
+            code, reason = UNAVAILABLE, reason_of(error)
         return Answer(request.id, None, code, shorten(reason, REASON_BYTES_MAX))
 
     async def _archive(self, found: Pass, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -647,7 +647,7 @@ class Room:
                     # A room that always has something to do must not keep the thread.
                     await asyncio.sleep(0)
         except CrdtLlmError as failure:
-            logger.error("conversation %s: %s", self.id, reason_of(failure))  # noqa: TRY400 - one line an error
+            logger.error("conversation %s: %s", self.id, one_line(failure))  # noqa: TRY400 - one line an error
             error = failure
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             raise
@@ -1063,7 +1063,7 @@ class Room:
         await self._rebuild([])
         if self.lsn != lsn:
             raise error
-        logger.error("conversation %s: %s", self.id, reason_of(error))
+        logger.error("conversation %s: %s", self.id, one_line(error))
         self._clients.clear()
         if self._row is not None:
             self._clients.update(self._row.clients)

@@ -93,7 +93,6 @@ class Code(StrEnum):
     TOO_LARGE = "too-large"
     RATE_LIMITED = "rate-limited"  # the same again, after the pause
     STALE_EPOCH = "stale-epoch"  # a node whose lease is over
-    BEHIND = "behind"  # a restore without what the register knows was admitted
     UNAVAILABLE = "unavailable"  # not durable: the same again, after the pause
 
 

@@ -20,6 +20,7 @@ from crdt_llm.errors import (
     MalformedMessage,
     Refused,
     Stopping,
+    StoreFailed,
     TooLarge,
     Unavailable,
 )
@@ -118,8 +119,15 @@ def close_code(error: CrdtLlmError) -> CloseCode:
 
 
 def reason_of(error: CrdtLlmError) -> str:
-    """One line for people and logs; of a refusal its code comes first, for programs."""
+    """One line for a peer; of a refusal its code comes first, for programs.
+
+    What is the matter with a disk of ours is for our log alone: it names our files.
+    """
     match error:
+        case StoreFailed():
+            return "the store cannot be used now"
+        case Corrupt():
+            return "what is stored is damaged"
         case Refused():
             text = f"{error.code}: {error.reason}"
         case MalformedMessage():

@@ -94,7 +94,7 @@ class Desk:
         channel.opened(b"lost" if phase in {Phase.RESTORING, Phase.STALLED} else None)
         self.sent()
         if phase is Phase.STALLED:
-            self.hear(nack(1, Code.BEHIND))
+            self.hear(nack(1, Code.INVALID))
         if phase is Phase.PULLING:
             self.hear(CHANGE)
             channel.merged(CHANGE, gap=True, state_vector=SV)
@@ -421,7 +421,7 @@ def test_a_restore_that_has_to_wait_is_sent_again() -> None:
     assert desk.hear(Ack(NUMBER, 2, 1)) == Settled(())
 
 
-@pytest.mark.parametrize("code", [*REFUSALS, Code.BEHIND, Code.GAP])
+@pytest.mark.parametrize("code", [*REFUSALS, Code.GAP])
 def test_a_restore_that_is_refused_ends_writing_and_nothing_else(code: Code) -> None:
     desk = Desk(1).at(Phase.RESTORING)
     assert desk.hear(nack(1, code)) == NotRestored(code, "reason")

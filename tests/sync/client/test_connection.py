@@ -384,12 +384,12 @@ async def test_a_restore_that_is_not_taken_is_said_and_nothing_is_written() -> N
     it.uplink.resume()
     await asyncio.sleep(1)
     (restore,) = it.line.of(Restore)
-    refusal = Nack(restore.channel, restore.id, Code.BEHIND, "", "a tip is missing", None, None)
+    refusal = Nack(restore.channel, restore.id, Code.INVALID, "proof", "it is not so", None, None)
     it.line.say(refusal)
     await asyncio.sleep(1)
     assert it.line.of(Update) == []
     assert it.uplink.stalled is not None
-    assert it.uplink.stalled.reason == "a tip is missing"
+    assert it.uplink.stalled.reason == "it is not so"
     assert it.uplink.synced
     assert len(it.replica.outbox) == 1
     await it.end()

@@ -16,7 +16,6 @@ from crdt_llm.document.keys import SigningKey
 from crdt_llm.document.schema import SCHEMA_VERSION, Birth, conversation_id
 from crdt_llm.errors import (
     AuthenticationFailed,
-    Behind,
     ConnectionLost,
     Corrupt,
     Forbidden,
@@ -277,7 +276,6 @@ async def test_what_was_not_acknowledged_is_not_known_to_be_durable(relay: Relay
     [
         (Code.STALE_EPOCH, LeaseLost),
         (Code.GAP, Gap),
-        (Code.BEHIND, Behind),
         (Code.DENIED, Forbidden),
         (Code.INVALID, Refused),
         (Code.TOO_LARGE, TooLarge),

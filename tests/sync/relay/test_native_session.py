@@ -222,7 +222,6 @@ def test_what_was_put_off_may_come_again_after_a_pause() -> None:
         (TooLarge("too-large", "x"), Code.TOO_LARGE),
         (Refused("stale-epoch", "x"), Code.STALE_EPOCH),
         (Forbidden("stale-epoch", "x"), Code.STALE_EPOCH),
-        (Refused("behind", "x"), Code.BEHIND),
         (MalformedMessage("x"), Code.INVALID),
     ],
 )

@@ -83,7 +83,7 @@ async def test_a_failed_commit_concerns_those_who_wrote_and_nobody_else() -> Non
     await other.membership.submit(EMPTY_UPDATE)  # there is nothing to write in it
     again = await place.join()
     assert replayed([again.membership.state]).texts == []
-    with pytest.raises(StoreFailed, match="no space"):
+    with pytest.raises(StoreFailed, match="cannot be used now"):
         await again.membership.submit(device.written[-1])
     place.failing = False
     again = await place.join()

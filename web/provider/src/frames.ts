@@ -50,7 +50,6 @@ export const CODES = [
   'too-large',
   'rate-limited',
   'stale-epoch',
-  'behind',
   'unavailable'
 ] as const
 /** One of {@link CODES}. */

@@ -612,9 +612,6 @@ export class Replica {
         this.paused = true
         this.port.resumeIn(nack.retryMs ?? RETRY_MS)
         return
-      case 'behind':
-        this.behind = true
-        return this.port.status()
       default:
         if (!flight.restore) return this.refuse(flight.rows, nack)
         // It takes nothing else either then. What waits stays here, and is tried again with the next
