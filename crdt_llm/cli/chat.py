@@ -141,7 +141,7 @@ async def _enter(
         try:
             await stack.enter_async_context(client)
         except DataFolderBusy:
-            continue
+            continue  # another chat has it
         return client, home
     raise DataFolderBusy(
         f"{DEVICES_MAX} chats are open as {device}: close one, or name a device with --device"

@@ -92,7 +92,7 @@ class Terminal:
         try:
             return await self._session.prompt_async()
         except EOFError:
-            return None
+            return None  # Ctrl-D: nothing more will be typed
 
     async def show(self, lines: Sequence[str]) -> None:
         """Print lines above the prompt."""

@@ -110,7 +110,7 @@ async def _has_node(world: World) -> bool:
         await device.send(update)
         await device.until(ended(slot), "a reply")
     except Broken:
-        return False
+        return False  # no node answers: that is what was asked
     finally:
         await world.close()
     return True

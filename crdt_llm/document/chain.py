@@ -215,7 +215,7 @@ def verify_under_lease(  # noqa: PLR0913 - a signature, and everything that it d
         try:
             verify(node, signature, message(epoch))
         except BadProof:
-            continue
+            continue  # the node of another lease may have signed it
         if relay is not None:
             verify(relay, granted, lease_message(conversation.id or "", epoch, node))
         return epoch

@@ -285,7 +285,7 @@ async def _read_some(stream: asyncio.StreamReader) -> bytes:
     try:
         return await stream.read(READ_BYTES_MAX)
     except ConnectionError:
-        return b""
+        return b""  # it died; that is found by its end
 
 
 async def _read_report(process: asyncio.subprocess.Process) -> pipe.Report | None:
@@ -295,7 +295,7 @@ async def _read_report(process: asyncio.subprocess.Process) -> pipe.Report | Non
         head = await stream.readexactly(pipe.LENGTH.size)
         body = await stream.readexactly(pipe.decode_length(head))
     except (asyncio.IncompleteReadError, ConnectionError):
-        return None
+        return None  # whoever asked says how the process ended
     return pipe.decode_report(body)
 
 

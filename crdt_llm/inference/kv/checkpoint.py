@@ -153,7 +153,9 @@ class Checkpoints:
             _write(unfinished, content)
             unfinished.rename(file)
         except OSError as error:
-            logger.warning("KV was not written to disk (%s): it will be computed again", error)
+            logger.warning(
+                "KV was not written to disk (%s): it will be computed again", error.strerror
+            )
             unfinished.unlink(missing_ok=True)
             return
         one = Checkpoint(file, rows.ids, len(content), (0, 0))
@@ -221,7 +223,7 @@ class Checkpoints:
                     return np.empty(0, np.uint32)
                 ids: Ids = content.get_tensor("ids")
         except (SafetensorError, OSError):
-            return None
+            return None  # whoever asked removes it, and says so
         sound = ids.dtype == np.uint32 and ids.ndim == 1 and file.name == _name(ids)
         return ids if sound else None
 
@@ -235,7 +237,7 @@ class Checkpoints:
                     content.get_tensor("hidden"),
                 )
         except (SafetensorError, OSError):
-            return None
+            return None  # as above
         # The digest says the fingerprint too, and whoever wrote it knew the shapes.
         return rows if metadata.get("sha256") == self._digest(rows) else None
 
@@ -248,7 +250,7 @@ class Checkpoints:
                     each.used = (now, -start)
 
     def _give_up(self, one: Checkpoint) -> None:
-        logger.warning("%s is damaged: its rows are computed again", one.file)
+        logger.warning("a file in %s is damaged: its rows are computed again", self._folder)
         behind = [
             each
             for each in self._all()
@@ -301,5 +303,8 @@ def _wipe(file: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        logger.warning("%s could not be overwritten (%s): it is only removed", file, error)
+        # Never its name, here and above: a digest of ids lets a short secret be guessed, and a log
+        # stays where it is when the secret is withdrawn.
+        reason = error.strerror
+        logger.warning("a file in %s could not be overwritten (%s)", file.parent, reason)
     file.unlink(missing_ok=True)

@@ -67,7 +67,7 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {}
+        return {}  # nobody is known yet
     except OSError as error:
         raise StoreFailed(f"{path} cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:

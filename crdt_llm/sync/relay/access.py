@@ -125,7 +125,7 @@ def may_connect(origin: str | None, host: str | None, allowed: frozenset[str]) -
         ports = {here.port} if here.port else set(_DEFAULT_PORTS.values())
         same = page.hostname == here.hostname and port in ports
     except ValueError:
-        return False
+        return False  # no address that a browser would send
     if page.scheme not in _DEFAULT_PORTS or not page.hostname:
         return False
     return same or is_loopback(page.hostname)
@@ -385,7 +385,7 @@ class Authority:
                 options={"require": ["sub", "jti"], "verify_exp": False, "verify_iat": False},
             )
         except jwt.InvalidTokenError:
-            return None
+            return None  # whatever is wrong with it: that helps only who made it up
         expires, scopes = claims.get("exp"), claims.get("conversations")
         return Pass(
             principal=claims["sub"],

@@ -28,7 +28,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 from urllib.parse import parse_qs, unquote
 
 from websockets.asyncio.server import ServerConnection, broadcast, serve
@@ -106,7 +106,11 @@ class Limits:
 
     Attributes:
         connections: Open websockets. Each takes some 100 KB with its queues.
+        connections_of_guest: Those of one principal whose token names its conversations: such a
+            token is a link that people pass on, and must not take everybody's places.
         sockets: Sockets of any kind, so that half-open handshakes cannot eat all file handles.
+        handshakes_of_address: Sockets of one address that have not come to the end of theirs: it
+            may hold each for ``open_s``, and must not hold all.
         frame_bytes: One message; the largest holds a whole document and a state vector.
         unknown: Connections, of either dialect, that have not shown a token that counts: each may
             hold what a first frame takes, and a socket, for ``hello_s``.
@@ -123,7 +127,9 @@ class Limits:
     """
 
     connections: int = 2000
+    connections_of_guest: int = 64
     sockets: int = 2500
+    handshakes_of_address: int = 500
     frame_bytes: int = FRAME_BYTES_MAX
     unknown: int = 256
     unknown_of_address: int = 32
@@ -223,7 +229,7 @@ class Relay:
             process_request=self._route,
             select_subprotocol=self._select_dialect,
             server_header=None,
-            create_connection=_counted(limits.sockets),
+            create_connection=_counted(limits.sockets, limits.handshakes_of_address),
             # Nobody is known yet: see `_admit`.
             max_size=min(HELLO_BYTES_MAX, limits.frame_bytes),
             max_queue=limits.queue_frames,
@@ -387,7 +393,7 @@ class Relay:
         try:
             await self._carry(socket, unknown)
         except ConnectionClosed:
-            pass
+            pass  # as every connection does
         except Exception as failure:  # noqa: BLE001 - one connection's fault must not be another's
             logger.error("a connection: %s", one_line(failure))  # noqa: TRY400 - one line an error
             await socket.close(CloseCode.INTERNAL_ERROR, "something went wrong here")
@@ -412,6 +418,7 @@ class Relay:
         wire = _Wire(socket, self._limits.write_buffer_bytes, self._metrics)
         try:
             found = self._admit(token)
+            self._check_places(found)
             if not found.may_enter(conversation) and is_conversation_id(conversation):
                 raise Forbidden("forbidden", "this token is for other conversations")
         except CrdtLlmError as error:
@@ -439,7 +446,10 @@ class Relay:
         unknown: _Unknown,
     ) -> None:
         def admit(shown: str | None) -> Pass:
-            found = self._known[connection] = self._admit(shown)
+            found = self._admit(shown)
+            if connection not in self._known:  # else it is a new token on the same connection
+                self._check_places(found)
+            self._known[connection] = found
             socket.protocol.max_message_size = self._limits.frame_bytes
             socket.close_timeout = self._limits.close_s
             unknown.end()
@@ -478,6 +488,13 @@ class Relay:
         if found is None:
             raise AuthenticationFailed("unauthenticated", "a valid token is needed")
         return found
+
+    def _check_places(self, found: Pass) -> None:
+        if found.conversations is None:
+            return
+        taken = sum(one.principal == found.principal for one in self._known.values())
+        if taken >= self._limits.connections_of_guest:
+            raise Unavailable("too many connections with this token: close one")
 
     async def _admit_node(self, found: Pass, key: bytes) -> None:
         if key in self._node_keys:
@@ -528,7 +545,7 @@ class Relay:
 
 
 class _Unknown:
-    """One connection's place among those that have not shown a token that counts."""
+    """One connection's place among those of its address that have not said who they are (yet)."""
 
     def __init__(self, places: Counter[str], address: str) -> None:
         self.counts = True
@@ -543,24 +560,45 @@ class _Unknown:
             self._places -= Counter((self._address,))  # which leaves no zeros
 
 
-def _counted(limit: int) -> type[ServerConnection]:
-    """Connections that are counted from their first byte on, not from the end of the handshake."""
+def _counted(limit: int, opening_max: int) -> type[ServerConnection]:
+    """Connections that are counted from their first byte on, not from the end of the handshake.
+
+    Args:
+        limit: Of all of them.
+        opening_max: Of those of one address that are in their handshakes.
+    """
     count = 0
+    opening: Counter[str] = Counter()
 
     class Socket(ServerConnection):
+        _opening: _Unknown | None = None
+
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             nonlocal count
             count += 1
             if hasattr(transport, "max_size"):  # asyncio's own transports; others have no such size
                 transport.max_size = READ_BYTES_MAX
             super().connection_made(transport)
-            if count > limit:
+            address = _address_of(self)
+            self._opening = _Unknown(opening, address)
+            if count > limit or opening[address] > opening_max:
                 self.transport.abort()
+
+        async def handshake(self, *arguments: Any, **named: Any) -> None:
+            try:
+                await super().handshake(*arguments, **named)
+            finally:
+                self._end_opening()
 
         def connection_lost(self, exc: Exception | None) -> None:
             nonlocal count
             count -= 1
+            self._end_opening()
             super().connection_lost(exc)
+
+        def _end_opening(self) -> None:
+            if self._opening is not None:
+                self._opening.end()
 
     return Socket
 

@@ -477,7 +477,7 @@ def verify_chunks(conversation: Conversation, entry: Entry, relay: bytes | None)
             try:
                 verify_chunk(conversation, blob, where.at(chunk), text[:end], None)
             except BadProof:
-                continue
+                continue  # it was signed over more of the text, or is none of this reply
             begun = end
             break
         else:

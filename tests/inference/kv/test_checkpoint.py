@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import logging
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -129,6 +132,7 @@ def test_damage_is_noticed_and_said_once(
         assert found(checkpoints, ids, TILE) is None
     silent = restarted and damage == "gone"  # a file that is not there was never written
     assert len(caplog.records) == (0 if silent else 1)
+    assert not any(name.stem in caplog.text for name in names.values())
     first, other = found(checkpoints, ids), found(checkpoints, path_of(50, last=99))
     assert first is not None
     assert other is not None
@@ -193,4 +197,22 @@ def test_a_disk_that_fails_costs_a_warning(
     checkpoints._folder.rmdir()
     checkpoints.save(rows_of(path_of(30)))
     assert len(caplog.records) == 1
+    # A digest of ids would let a short secret be guessed.
+    assert hashlib.sha256(path_of(30).tobytes()).hexdigest()[:32] not in caplog.text
     assert checkpoints.find(path_of(30), 0) is None
+
+
+def test_what_cannot_be_overwritten_is_removed_and_its_name_is_not_logged(
+    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.save(rows_of(path_of(30)))
+    (file,) = files(checkpoints)
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "it broke", str(file))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    checkpoints.forget(path_of(30), 0)
+    assert files(checkpoints) == []
+    assert len(caplog.records) == 1
+    assert file.stem not in caplog.text

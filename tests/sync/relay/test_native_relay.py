@@ -11,6 +11,7 @@ from sync.native import IDENTITY, PASSES, device, open_frame, update_frame
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from crdt_llm.document.schema import Grant
 from crdt_llm.errors import StoreFailed
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
 from crdt_llm.store.token_ledger import TokenLedger
@@ -172,6 +173,16 @@ async def test_the_unknown_are_bounded_by_address_and_do_not_count_once_known() 
             await greet(three)
         await greet(two)
         assert not served.relay._unknown
+
+
+async def test_a_token_that_is_passed_on_does_not_take_all_places() -> None:
+    limits = Limits(connections_of_guest=1)
+    async with serving(limits=limits) as served, served.open() as one, served.open() as two:
+        served.passes["link"] = Pass("guest:1", conversations={CONVERSATION: Grant.WRITER})
+        await greet(one, "link")
+        await greet(one, "link")  # a token again, on the same connection
+        await send(two, Hello(1, "link", "test", None))
+        assert await end_of(two) == CloseCode.TRY_AGAIN
 
 
 async def test_another_path_is_the_plain_dialect() -> None:

@@ -13,7 +13,7 @@ from sync.device import BIRTH, CONVERSATION, Device
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from crdt_llm.document.schema import Birth, conversation_id
+from crdt_llm.document.schema import Birth, Grant, conversation_id
 from crdt_llm.errors import StoreFailed
 from crdt_llm.store.memory import MemoryDisk, MemoryLog
 from crdt_llm.sync.relay.access import Pass
@@ -374,6 +374,42 @@ async def test_sockets_are_bounded_from_their_first_byte() -> None:
             assert await reader.read() == b""
         for _, other in [*held, (reader, writer)]:
             other.close()
+
+
+async def test_handshakes_of_one_address_are_bounded_and_the_ended_do_not_count() -> None:
+    async with serving(limits=Limits(handshakes_of_address=1)) as served:
+        host, port = served.relay.address
+        async with served.open() as one, served.open() as two:
+            assert isinstance(await read(one), SyncStep1)
+            assert isinstance(await read(two), SyncStep1)
+            _, held = await asyncio.open_connection(host, port)
+            reader, writer = await asyncio.open_connection(host, port)
+            with suppress(ConnectionResetError):
+                assert await reader.read() == b""
+            writer.close()
+            held.close()
+
+
+async def test_a_token_that_is_passed_on_does_not_take_all_places() -> None:
+    passes = {
+        "link": Pass("guest:1", conversations={CONVERSATION: Grant.WRITER}),
+        "known": Pass("owner"),
+    }
+    options = {"authenticate": passes.get, "limits": Limits(connections_of_guest=1)}
+    async with serving(**options) as served:
+        async with served.open(token="known") as one, served.open(token="known") as two:  # noqa: S106 - no secrets
+            assert isinstance(await read(one), SyncStep1)
+            assert isinstance(await read(two), SyncStep1)
+        async with served.open(token="link") as first:  # noqa: S106 - as above
+            assert isinstance(await read(first), SyncStep1)
+            async with served.open(token="link") as second:  # noqa: S106 - as above
+                code, _, _ = await end_of(second)
+            assert code == CloseCode.TRY_AGAIN
+        assert served.relay._server is not None
+        if ending := tuple(served.relay._server.handler_tasks):
+            await asyncio.wait(ending)
+        async with served.open(token="link") as later:  # noqa: S106 - as above
+            assert isinstance(await read(later), SyncStep1)
 
 
 async def test_a_handshake_that_never_ends_is_ended() -> None:
