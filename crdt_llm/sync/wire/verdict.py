@@ -127,7 +127,7 @@ def reason_of(error: CrdtLlmError) -> str:
         case StoreFailed():
             return "the store cannot be used now"
         case Corrupt():
-            return "what is stored is damaged"
+            return "what is stored of it is damaged: it can be restored from a replica"
         case Refused():
             text = f"{error.code}: {error.reason}"
         case MalformedMessage():
