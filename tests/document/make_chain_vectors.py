@@ -40,7 +40,11 @@ if TYPE_CHECKING:
     from crdt_llm.document.conversation import Writer
 
 FILE = Path(__file__).resolve().parents[2] / "protocol" / "vectors" / "chain.json"
-ABOUT = "Documents with a chain, and of each entry that the walk comes to whether it holds."
+ABOUT = (
+    "Documents with a chain. `path` is the view; `holds` says of each entry that the walk comes to"
+    " whether it holds, and ends with the first that does not; `digests` are those written along"
+    " the path, right or wrong."
+)
 
 BIRTH = Birth("olga", b"n" * 16)
 CONVERSATION = conversation_id(BIRTH)
