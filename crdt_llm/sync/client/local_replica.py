@@ -44,7 +44,8 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING, Final
 
-from crdt_llm.document.conversation import EMPTY_STATE_VECTOR, Conversation
+from crdt_llm.document.conversation import EMPTY_STATE_VECTOR, ENTRIES, Conversation
+from crdt_llm.document.schema import REDACTION_DELETES
 from crdt_llm.errors import Corrupt, CrdtLlmError, LocalMisuse, MalformedMessage, StoreFailed
 from crdt_llm.sync.client import intents
 from crdt_llm.sync.client.journal import (
@@ -895,4 +896,13 @@ def _raise_to(clocks: dict[int, int], ends: Mapping[int, int]) -> None:
 
 
 def _withdraws(change: Change) -> bool:
-    return any(edit.key == "redacted" and edit.new is not None for edit in change.edits)
+    """Whether text was withdrawn, or what a withdrawal had met on its way was cleared away.
+
+    A salt that was written beside the withdrawal comes with it, and goes with the node's next word:
+    until it has left the disk too, a short secret can be guessed.
+    """
+    return any(
+        (edit.key == "redacted" and edit.new is not None)
+        or (edit.action == "delete" and edit.root == ENTRIES and edit.key in REDACTION_DELETES)
+        for edit in change.edits
+    )

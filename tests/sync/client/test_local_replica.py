@@ -873,3 +873,36 @@ async def test_withdrawn_text_that_was_sent_already_can_still_be_refused() -> No
         assert replica.document.has(entry(1), "redacted")
         assert replica.document.text(entry(2)) == "text 2"
         assert b"a secret" not in replica.document.diff()
+
+
+async def test_what_a_withdrawal_met_on_its_way_leaves_the_disk_when_it_is_cleared() -> None:
+    """Until then it lies beside the commitment, and a short secret could be guessed."""
+    disk, salt = Disk(), b"salt of a secret"
+    node = Conversation(7)
+    changes: list[bytes] = []
+    for write in (
+        lambda writer: adds(1, "a secret")(node, writer),
+        lambda writer: writer.set(entry(1), "salt", salt),
+        lambda writer: (
+            writer.set(entry(1), "redacted", {"by": "owner", "at": 1}),
+            writer.remove(entry(1), "content"),
+        ),
+        lambda writer: writer.remove(entry(1), "salt"),
+    ):
+        with node.writing() as writer:
+            write(writer)
+        assert writer.change is not None
+        changes.append(writer.change.update)
+    async with replica_on(disk) as replica:
+        for update in changes[:-1]:
+            assert await replica.merge(update) is None
+    assert salt in b"".join(_stored(disk))  # nobody has cleared it yet
+    async with replica_on(disk) as replica:
+        assert await replica.merge(changes[-1]) is None
+    assert salt not in b"".join(_stored(disk))
+    assert b"a secret" not in b"".join(_stored(disk))
+
+
+def _stored(disk: Disk) -> list[bytes]:
+    kept = disk.disk.conversations[NAME]
+    return [kept.snapshot or b"", *kept.updates]

@@ -98,6 +98,7 @@ export interface Touched {
 
 const STRUCTURAL: ReadonlySet<unknown> = new Set(['born', 'place', 'state', 'stop', 'redacted'])
 const REDACTION_DELETES = ['content', 'salt', 'sealed', 'calls'] as const
+const CLEARED: ReadonlySet<unknown> = new Set(REDACTION_DELETES)
 const ROOTS = ['meta', 'access', 'leases', 'entries'] as const
 const COMPOSED = 'composed'
 
@@ -161,7 +162,9 @@ export class Document {
     if (event.path.length > 1 || keys === null) return
     for (const key of keys) {
       if (STRUCTURAL.has(key)) this.structure.add(String(entry))
-      if (key === 'redacted') this.touched.withdrawn = true
+      // A salt that was written beside a withdrawal goes with the node's next word, not with it.
+      const isCleared = CLEARED.has(key) && event.changes.keys.get(String(key))?.action === 'delete'
+      if (key === 'redacted' || isCleared) this.touched.withdrawn = true
     }
   }
 

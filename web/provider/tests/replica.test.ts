@@ -1,6 +1,7 @@
 /** What is sent when, and what acknowledgements and refusals do: against a relay of a few lines. */
 
 import { describe, expect, it } from 'vitest'
+import * as Y from 'yjs'
 import { clocksOf, Document, type Intent } from '../src/document.js'
 import type { Code, FromClient } from '../src/frames.js'
 import { IN_FLIGHT_MAX, type Port, Replica } from '../src/replica.js'
@@ -467,6 +468,33 @@ describe('what was withdrawn', () => {
       update: update as Uint8Array
     })
     expect(world.told.compacted).toBe(1)
+  })
+})
+
+describe('what a withdrawal met on its way', () => {
+  it('goes from the disk when the node clears it away', () => {
+    const world = new World()
+    world.open()
+    const id = world.say(1)
+    world.take(at(world.updates, 0))
+    const relay = new Y.Doc()
+    Y.applyUpdate(relay, world.relay.diff())
+    const change = (write: (entry: Y.Map<unknown>) => void): void => {
+      const before = Y.encodeStateVector(relay)
+      relay.transact(() => {
+        write(relay.getMap('entries').get(id) as Y.Map<unknown>)
+      })
+      const update = Y.encodeStateAsUpdate(relay, before)
+      world.replica.receive({ kind: 'change', channel: 1, lsn: ++world.lsn, update })
+    }
+    change(entry => entry.set('salt', new Uint8Array(16)))
+    change(entry => {
+      entry.set('redacted', { by: 'olga', at: 1 })
+      entry.delete('content') // whoever withdraws it had not heard of the salt
+    })
+    expect(world.told.compacted).toBe(1)
+    change(entry => entry.delete('salt'))
+    expect(world.told.compacted).toBe(2)
   })
 })
 
