@@ -6,6 +6,7 @@ not matter.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -221,7 +222,9 @@ async def prefills_what_is_new(world: World) -> None:
     """The second turn does not pay for the first one again."""
     first = world.device()
     await first.connect()
-    _, slot = await _asked(first, _SHORT, "A long beginning. " * 30)
+    # Like no conversation before it: a node may share what is equal from the start.
+    beginning = f"{os.urandom(8).hex()}: " + "a long beginning. " * 30
+    _, slot = await _asked(first, _SHORT, beginning)
     await first.until(ended(slot), "the first reply")
     _, again = await _asked(first, _SHORT, "Short.")
     await first.until(ended(again), "the second reply")

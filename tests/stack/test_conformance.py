@@ -43,3 +43,12 @@ async def test_the_served_process_keeps_its_promise(case: str, server: ServedPro
     endpoint = Endpoint(f"ws://{urlsplit(server.url).netloc}", server.token, DEADLINE_S)
     (result,) = [result async for result in run(endpoint, crash=crash, only=[case])]
     assert (result.outcome, result.detail) == ("pass", "")
+
+
+async def test_what_a_node_remembers_of_an_earlier_run_is_not_held_against_it(
+    server: ServedProcess,
+) -> None:
+    endpoint = Endpoint(f"ws://{urlsplit(server.url).netloc}", server.token, DEADLINE_S)
+    for _ in range(2):
+        (result,) = [result async for result in run(endpoint, only=["prefill"])]
+        assert (result.outcome, result.detail) == ("pass", "")
