@@ -18,6 +18,36 @@ constexpr int STEP_BYTES = 64;  // a step along the inputs of one panel: a regis
 constexpr int STEPS_A_GROUP = GROUP / 4;
 constexpr int WEIGHT_GROUP = 64;  // inputs of an output that share a scale: two groups of a row
 
+// The largest blocks whose sums fit 32 registers beside the operands.
+constexpr int ROWS_INT8 = 3;
+constexpr int ROWS_BF16 = 6;
+
+constexpr int rows_together(Format format) {
+  return format == Format::INT8 ? ROWS_INT8 : ROWS_BF16;
+}
+
+// Weights that are wanted next, brought nearer bit by bit while others are in use: those of a new
+// panel come from memory otherwise, while all who compute wait for them.
+class Ahead {
+ public:
+  Ahead() = default;  // none: what is read once, one behind the other, the processor sees coming
+
+  // In so many parts.
+  Ahead(const uint8_t* first, const uint8_t* end, int parts)
+      : next_(first),
+        end_(end),
+        part_(round_up(ceil_div(int(end - first), std::max(parts, 1)), int(CACHE_LINE))) {}
+
+  void bring_some() {
+    const uint8_t* stop = std::min(next_ + part_, end_);
+    for (; next_ < stop; next_ += CACHE_LINE) _mm_prefetch(next_, _MM_HINT_T1);
+  }
+
+ private:
+  const uint8_t *next_ = nullptr, *end_ = nullptr;
+  int part_ = 0;
+};
+
 struct Linear {
   Format format;
   int inputs;
@@ -49,6 +79,16 @@ struct Linear {
 
   // Of an output, in int8.
   int scales() const { return steps * 4 / WEIGHT_GROUP; }
+
+  // The share `part` of `parts` of some panels, for who multiplies `rows` rows.
+  Ahead ahead(int panel, int count, int part, int parts, int rows) const {
+    const size_t bytes = size_t(steps) * STEP_BYTES;
+    const uint8_t* first = weight.get() + std::min(panel, panels) * bytes;
+    const size_t all = size_t(std::clamp(panels - panel, 0, count)) * steps;
+    const int blocks = ceil_div(rows, rows_together(format));
+    return {first + all * part / parts * STEP_BYTES, first + all * (part + 1) / parts * STEP_BYTES,
+            blocks * (steps / STEPS_A_GROUP)};
+  }
 
   __m512 with_bias(__m512 values, int output) const {
     return bias ? _mm512_add_ps(values, _mm512_load_ps(bias.get() + output)) : values;
@@ -89,7 +129,7 @@ struct Operands {
 // Multiply R rows with P panels, and hand each register of results on as (row, panel, values).
 template <int R, int P, typename Take>
 inline void multiply_int8(const Linear& linear, const Operands& rows, int first_row,
-                          int first_panel, Take&& take) {
+                          int first_panel, Ahead& ahead, Take&& take) {
   __m512 sum[R * P];
   unrolled<R * P>([&](int n) INLINE { sum[n] = _mm512_setzero_ps(); });
   const size_t panel = size_t(linear.steps) * STEP_BYTES;
@@ -102,6 +142,7 @@ inline void multiply_int8(const Linear& linear, const Operands& rows, int first_
   const size_t panel_scales = size_t(linear.scales()) * LANES;
   const Bf16* weight_scales = linear.scale.get() + first_panel * panel_scales;
   for (int group = 0; group < parts.groups(); ++group, scales += 4, begins += 4) {
+    ahead.bring_some();
     __m512i part[R * P];
     unrolled<R>([&](int r) INLINE {
       const __m512i begin = repeated(begins + r * bytes);
@@ -140,7 +181,7 @@ inline void multiply_int8(const Linear& linear, const Operands& rows, int first_
 
 template <int R, int P, typename Take>
 inline void multiply_bf16(const Linear& linear, const Operands& rows, int first_row,
-                          int first_panel, Take&& take) {
+                          int first_panel, Ahead& ahead, Take&& take) {
   __m512 sum[R * P];
   unrolled<R * P>([&](int n) INLINE { sum[n] = _mm512_setzero_ps(); });
   const size_t panel = size_t(linear.steps) * STEP_BYTES;
@@ -148,6 +189,7 @@ inline void multiply_bf16(const Linear& linear, const Operands& rows, int first_
   const uint8_t* row = rows.data + size_t(first_row) * rows.bytes;
   const size_t bytes = rows.bytes;
   for (int step = 0; step < linear.steps; ++step, weights += STEP_BYTES, row += 4) {
+    if (step % STEPS_A_GROUP == 0) ahead.bring_some();
     __m512i weight[P];
     unrolled<P>([&](int p) INLINE { weight[p] = _mm512_load_si512(weights + p * panel); });
     unrolled<R>([&](int r) INLINE {
@@ -163,44 +205,40 @@ inline void multiply_bf16(const Linear& linear, const Operands& rows, int first_
   });
 }
 
-// The largest blocks whose sums fit 32 registers beside the operands.
-constexpr int ROWS_INT8 = 3;
-constexpr int ROWS_BF16 = 6;
-
 template <int R, int P, typename Take>
 inline void multiply_block(const Linear& linear, const Operands& rows, int row, int panel,
-                           Take&& take) {
+                           Ahead& ahead, Take&& take) {
   if (linear.format == Format::INT8) {
-    if constexpr (R <= ROWS_INT8) multiply_int8<R, P>(linear, rows, row, panel, take);
+    if constexpr (R <= ROWS_INT8) multiply_int8<R, P>(linear, rows, row, panel, ahead, take);
   } else {
-    multiply_bf16<R, P>(linear, rows, row, panel, take);
+    multiply_bf16<R, P>(linear, rows, row, panel, ahead, take);
   }
 }
 
 template <int P, typename Take>
 inline void multiply_rows(const Linear& linear, const Operands& rows, int row, int end, int panel,
-                          Take&& take) {
-  const int most = linear.format == Format::INT8 ? ROWS_INT8 : ROWS_BF16;
+                          Ahead ahead, Take&& take) {
+  const int most = rows_together(linear.format);
   while (row < end) {
     const int count = std::min(most, end - row);
     switch (count) {
       case 1:
-        multiply_block<1, P>(linear, rows, row, panel, take);
+        multiply_block<1, P>(linear, rows, row, panel, ahead, take);
         break;
       case 2:
-        multiply_block<2, P>(linear, rows, row, panel, take);
+        multiply_block<2, P>(linear, rows, row, panel, ahead, take);
         break;
       case 3:
-        multiply_block<3, P>(linear, rows, row, panel, take);
+        multiply_block<3, P>(linear, rows, row, panel, ahead, take);
         break;
       case 4:
-        multiply_block<4, P>(linear, rows, row, panel, take);
+        multiply_block<4, P>(linear, rows, row, panel, ahead, take);
         break;
       case 5:
-        multiply_block<5, P>(linear, rows, row, panel, take);
+        multiply_block<5, P>(linear, rows, row, panel, ahead, take);
         break;
       default:
-        multiply_block<6, P>(linear, rows, row, panel, take);
+        multiply_block<6, P>(linear, rows, row, panel, ahead, take);
         break;
     }
     row += count;
@@ -210,19 +248,19 @@ inline void multiply_rows(const Linear& linear, const Operands& rows, int row, i
 // Multiply the rows [row, end) with `panels` panels from `panel` on.
 template <typename Take>
 inline void multiply(const Linear& linear, const Operands& rows, int row, int end, int panel,
-                     int panels, Take&& take) {
+                     int panels, Ahead ahead, Take&& take) {
   switch (panels) {
     case 1:
-      multiply_rows<1>(linear, rows, row, end, panel, take);
+      multiply_rows<1>(linear, rows, row, end, panel, ahead, take);
       break;
     case 2:
-      multiply_rows<2>(linear, rows, row, end, panel, take);
+      multiply_rows<2>(linear, rows, row, end, panel, ahead, take);
       break;
     case 3:
-      multiply_rows<3>(linear, rows, row, end, panel, take);
+      multiply_rows<3>(linear, rows, row, end, panel, ahead, take);
       break;
     default:
-      multiply_rows<4>(linear, rows, row, end, panel, take);
+      multiply_rows<4>(linear, rows, row, end, panel, ahead, take);
       break;
   }
 }

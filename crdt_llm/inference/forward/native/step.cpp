@@ -346,9 +346,12 @@ class Model {
     const int some = rows_ <= FEW_ROWS ? 2 : PANELS_MAX;
     const int blocks = ceil_div(rows_, ROWS_A_TASK);
     team_.each(ceil_div(linear.panels, some) * blocks, [&](int n) {
-      const int panel = n / blocks * some, row = n % blocks * ROWS_A_TASK;
-      multiply(linear, operands, row, std::min(row + ROWS_A_TASK, rows_), panel,
-               std::min(some, linear.panels - panel), take);
+      const int panel = n / blocks * some, block = n % blocks;
+      const int row = block * ROWS_A_TASK, end = std::min(row + ROWS_A_TASK, rows_);
+      multiply(
+          linear, operands, row, end, panel, std::min(some, linear.panels - panel),
+          rows_ <= FEW_ROWS ? Ahead() : linear.ahead(panel + some, some, block, blocks, end - row),
+          take);
     });
   }
 
