@@ -107,15 +107,14 @@ inline __m512 exponential(__m512 x) {
   return _mm512_mask_mov_ps(_mm512_scalef_ps(sum, twos), vanishes, _mm512_setzero_ps());
 }
 
-// 2^x, to four digits and a half: for numbers that are rounded to bf16, which has two and a half.
-// The Taylor series on |f| <= 1 / 2.
+// 2^x, to four digits: for numbers that are rounded to bf16, which has two and a half. The cubic
+// with the least relative error (1e-4) on |f| <= 1 / 2 of those that are 1 at 0.
 inline __m512 rough_power_of_two(__m512 x) {
   const __m512 twos = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, twos);
-  __m512 sum = _mm512_set1_ps(9.6181291e-3f);
-  sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(5.5504109e-2f));
-  sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(2.4022651e-1f));
-  sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(LN_2));
+  __m512 sum = _mm512_set1_ps(5.500869e-2f);
+  sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(2.4221063e-1f));
+  sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(6.9328292e-1f));
   sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(sum, twos);
 }

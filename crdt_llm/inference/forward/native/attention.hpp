@@ -109,40 +109,55 @@ inline void weigh(const Bf16 (*weights)[TILE], const Pairs& pairs, int count, in
 // `visible` keys count, up to `count` are written.
 inline void soften(const float* scores, int visible, int count, float scale, Bf16* weights,
                    float* peak, float* sum) {
+  const int whole = visible / LANES * LANES;  // up to here no key is masked
   __m512 peaks = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  for (int at = 0; at < visible; at += LANES) {
-    peaks =
-        _mm512_mask_max_ps(peaks, first_lanes(visible - at), peaks, _mm512_load_ps(scores + at));
+  for (int at = 0; at < whole; at += LANES) {
+    peaks = _mm512_max_ps(peaks, _mm512_load_ps(scores + at));
+  }
+  if (whole < visible) {
+    const __mmask16 lanes = first_lanes(visible - whole);
+    peaks = _mm512_mask_max_ps(peaks, lanes, peaks, _mm512_load_ps(scores + whole));
   }
   const float largest = _mm512_reduce_max_ps(peaks) * scale;
   const __m512 less = _mm512_set1_ps(largest), by = _mm512_set1_ps(scale);
   __m512 sums = _mm512_setzero_ps();
-  for (int at = 0; at < count; at += LANES) {
+  const auto weigh_keys = [&](int at, __mmask16 lanes) INLINE {
     const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(scores + at), by, less);
-    const __m512 weight = _mm512_maskz_mov_ps(first_lanes(visible - at), rough_power_of_two(x));
-    const __m256i rounded = narrow(weight);
+    const __m256i rounded = narrow(_mm512_maskz_mov_ps(lanes, rough_power_of_two(x)));
     _mm256_storeu_si256((__m256i*)(weights + at), rounded);
     sums = _mm512_add_ps(sums, widen(rounded));  // what is summed is what weighs
-  }
+  };
+  for (int at = 0; at < whole; at += LANES) weigh_keys(at, 0xffff);
+  for (int at = whole; at < count; at += LANES) weigh_keys(at, first_lanes(visible - at));
   *peak = largest;
   *sum = _mm512_reduce_add_ps(sums);
 }
 
-// Put what Q rows found in one more tile to what they had.
+// Put what some rows found in one more tile to what they had.
 inline void put_together(const Found& had, const Found& more, int queries, int head_dim) {
-  for (int q = 0; q < queries; ++q) {
-    const float peak = std::max(had.peak[q], more.peak[q]);
-    const __m512 keep = exponential(_mm512_set1_ps((had.peak[q] - peak) * LN_2));
-    const __m512 take = exponential(_mm512_set1_ps((more.peak[q] - peak) * LN_2));
-    float* mine = had.values + size_t(q) * head_dim;
-    const float* theirs = more.values + size_t(q) * head_dim;
-    for (int at = 0; at < head_dim; at += LANES) {
-      const __m512 kept = _mm512_mul_ps(_mm512_loadu_ps(mine + at), keep);
-      _mm512_storeu_ps(mine + at, _mm512_fmadd_ps(_mm512_loadu_ps(theirs + at), take, kept));
+  for (int first = 0; first < queries; first += LANES) {
+    const __mmask16 lanes = first_lanes(queries - first);
+    const __m512 one = _mm512_maskz_loadu_ps(lanes, had.peak + first);
+    const __m512 other = _mm512_maskz_loadu_ps(lanes, more.peak + first);
+    const __m512 peak = _mm512_max_ps(one, other), to_nature = _mm512_set1_ps(LN_2);
+    alignas(64) float keep[LANES], take[LANES];
+    const __m512 kept = exponential(_mm512_mul_ps(_mm512_sub_ps(one, peak), to_nature));
+    const __m512 taken = exponential(_mm512_mul_ps(_mm512_sub_ps(other, peak), to_nature));
+    _mm512_store_ps(keep, kept);
+    _mm512_store_ps(take, taken);
+    const __m512 sum = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, had.sum + first), kept);
+    const __m512 sums = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, more.sum + first), taken, sum);
+    _mm512_mask_storeu_ps(had.sum + first, lanes, sums);
+    _mm512_mask_storeu_ps(had.peak + first, lanes, peak);
+    for (int q = first; q < std::min(first + LANES, queries); ++q) {
+      const __m512 by = _mm512_set1_ps(keep[q - first]), with = _mm512_set1_ps(take[q - first]);
+      float* mine = had.values + size_t(q) * head_dim;
+      const float* theirs = more.values + size_t(q) * head_dim;
+      for (int at = 0; at < head_dim; at += LANES) {
+        const __m512 left = _mm512_mul_ps(_mm512_loadu_ps(mine + at), by);
+        _mm512_storeu_ps(mine + at, _mm512_fmadd_ps(_mm512_loadu_ps(theirs + at), with, left));
+      }
     }
-    const float kept = had.sum[q] * _mm512_cvtss_f32(keep);
-    had.sum[q] = __builtin_fmaf(more.sum[q], _mm512_cvtss_f32(take), kept);
-    had.peak[q] = peak;
   }
 }
 

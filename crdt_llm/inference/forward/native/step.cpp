@@ -422,9 +422,11 @@ class Model {
     const float scale = LOG2_E / __builtin_sqrtf(float(dim));
     const Found found = found_at(share.found);
     for (int tile = share.tile; tile < share.tile + share.tiles; ++tile) {
-      for (int q = 0; q < queries; ++q) {
-        const int64_t before = chunk.position + share.row + q / group_ - int64_t(tile) * TILE;
-        desk.visible[q] = int(std::min<int64_t>(before + 1, TILE));
+      // Of the first row; every further one sees one key more, as far as the tile goes.
+      const int64_t first = chunk.position + share.row + 1 - int64_t(tile) * TILE;
+      for (int n = 0, q = 0; n < share.rows; ++n) {
+        const int visible = int(std::min<int64_t>(first + n, TILE));
+        for (int head = 0; head < group_; ++head) desk.visible[q++] = visible;
       }
       const Pairs pairs = pairs_at(pool, chunk.slots[tile], layer, share.head);
       if (tile == share.tile) {
