@@ -61,7 +61,8 @@ if TYPE_CHECKING:
     from crdt_llm.document.conversation import Writer
     from crdt_llm.document.rules import Author
     from crdt_llm.sync.relay.hub import Membership
-    from crdt_llm.sync.room.room import Submission, _Batch, _Seat
+    from crdt_llm.sync.room.peer import Submission
+    from crdt_llm.sync.room.seats import Batch, Seat
     from crdt_llm.sync.wire.verdict import Verdict
 
 READERS: Final = 4
@@ -75,17 +76,17 @@ EMPTY_UPDATE: Final = b"\x00\x00"
 class UncheckedRoom(Room):
     """A room that believes everything; only for this comparison."""
 
-    async def _judge(
-        self, seat: _Seat, submission: Submission, author: Author, batch: _Batch
+    async def _decide(
+        self, seat: Seat, submission: Submission, author: Author, batch: Batch
     ) -> Verdict:
         del author
-        change = self._loaded_replica().apply(submission.update)
+        change = self._replica.document.apply(submission.update)
         batch.accepted.append((seat, change))
         return Committed(0)
 
-    async def _note(self, batch: _Batch) -> None:
+    async def _note(self, batch: Batch) -> None:
         """Keep no register, but for the row that a lease needs."""
-        if self._row is None:
+        if self._registered.row is None:
             await super()._note(batch)
 
 

@@ -464,7 +464,7 @@ def _(world: World, rng: Random) -> tuple[Member, bytes]:
 def _(world: World, rng: Random) -> tuple[Member, bytes]:
     who, name = person(world, rng)
     own = "person " + name
-    clients = world.room._clients
+    clients = world.room._registered.clients
     victims = [one for one in world.known if clients[one] != own]
     client = rng.choice(victims)
     pen = Pen(client, world.known[client] + rng.choice([0, 0, 1, 7, 2**20]))

@@ -19,7 +19,7 @@ EACH = 110  # of each kind; the bench sends a hundred thousand
 async def test_no_hostile_update_is_taken(name: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL)
     world = await a_world()
-    bound = dict(world.room._clients)
+    bound = dict(world.room._registered.clients)
     outcomes = await run(world, Random(name), EACH, (name,))
     outcome = outcomes[name]
     assert [update.hex() for update in outcome.taken] == []
@@ -27,7 +27,7 @@ async def test_no_hostile_update_is_taken(name: str, caplog: pytest.LogCaptureFi
     assert outcome.codes["no-op"] < EACH // 2  # the kind is about something that is refused
     assert outcome.codes["unreadable"] == 0  # no check failed where it should have decided
     assert is_same(world.room.diff(), world.document)
-    assert world.room._clients == bound
+    assert world.room._registered.clients == bound
     assert world.owner.lost == world.will.lost == []
 
 
@@ -50,7 +50,7 @@ async def test_after_them_the_room_is_what_it_would_be_without_them(
         write = device.entitle if number % 2 else device.say
         await world.owner.membership.submit(write(f"honest {number}"))
         world.learn()
-    replica, anew = world.room._loaded_replica(), Conversation(1, update=world.room.diff())
+    replica, anew = world.room._replica.document, Conversation(1, update=world.room.diff())
     assert replica.view() == anew.view()
     assert {name: replica.entry(name) for name in replica.tree.entries} == {
         name: anew.entry(name) for name in anew.tree.entries
@@ -58,7 +58,7 @@ async def test_after_them_the_room_is_what_it_would_be_without_them(
     assert replica.tree.pending == anew.tree.pending
     assert replica.meta == anew.meta
     assert dict(replica.access()) == dict(anew.access())
-    assert world.room._known == decode_state_vector(world.room.state_vector())
+    assert world.room._replica.known == decode_state_vector(world.room.state_vector())
 
 
 async def test_what_a_flood_leaves_behind_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
@@ -66,8 +66,11 @@ async def test_what_a_flood_leaves_behind_is_bounded(caplog: pytest.LogCaptureFi
     world = await a_world()
     await run(world, Random(5), 1000, tuple(KINDS))
     room = world.room
-    assert len(room._ahead) <= 64
-    assert room._late == room._line == type(room._line)()
-    assert len(room._seats) == 6
-    seats = room._seats.values()
-    assert all(not seat.queue and seat.unsettled == seat.unsettled_bytes == 0 for seat in seats)
+    assert len(room._replica._ahead) <= 64
+    seats = room._seats
+    assert seats._late == seats._line == type(seats._line)()
+    assert len(seats._seats) == 6
+    assert all(
+        not seat.queue and seat.unsettled == seat.unsettled_bytes == 0
+        for seat in seats._seats.values()
+    )

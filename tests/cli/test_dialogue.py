@@ -19,7 +19,7 @@ from crdt_llm.document import rules
 from crdt_llm.document.schema import Role
 from crdt_llm.errors import Refused
 from crdt_llm.sync.client.client import Client
-from crdt_llm.sync.room import room
+from crdt_llm.sync.room import judge
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -398,7 +398,7 @@ async def test_what_the_relay_refused_is_told_and_can_be_sent_again_or_dropped(
         if any(conversation.text(entry) == "Psst" for entry in change.entries):
             raise Refused("content", "not that")
 
-    monkeypatch.setattr(room, "rules", SimpleNamespace(check=check))
+    monkeypatch.setattr(judge, "rules", SimpleNamespace(check=check))
     conversation = await sitting.sit_down()
     sitting.type("Psst")
     assert "(not that): a message Psst" in await sitting.until("! refused")

@@ -29,6 +29,7 @@ from crdt_llm.sync.relay import outbox as outbox_module
 from crdt_llm.sync.relay.hub import Hub
 from crdt_llm.sync.relay.plain_peer import RemotePeer
 from crdt_llm.sync.room import room as room_module
+from crdt_llm.sync.room import seats as seats_module
 from crdt_llm.sync.room import upkeep as upkeep_module
 from crdt_llm.sync.room.room import STORE_PAUSE_MAX_S
 from crdt_llm.sync.update.structure import brings, find_gap, read_update
@@ -327,7 +328,7 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that a short run reaches: slow readers, full batches, compactions."""
     monkeypatch.setattr(outbox_module, "WAITING_FRAMES_MAX", 6)
     monkeypatch.setattr(room_module, "BATCH_UPDATES_MAX", 4)
-    monkeypatch.setattr(room_module, "UNSETTLED_MAX", 3)
+    monkeypatch.setattr(seats_module, "UNSETTLED_MAX", 3)
     monkeypatch.setattr(upkeep_module, "COMPACT_BYTES_MIN", 2000)
 
 

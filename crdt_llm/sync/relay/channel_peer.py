@@ -16,7 +16,7 @@ from crdt_llm.document.conversation import EMPTY_STATE_VECTOR
 from crdt_llm.document.rules import Author
 from crdt_llm.document.schema import Grant
 from crdt_llm.errors import LocalMisuse, Unavailable
-from crdt_llm.sync.room.room import Peer, Submission
+from crdt_llm.sync.room.peer import Peer, Submission
 from crdt_llm.sync.wire import frames
 from crdt_llm.sync.wire.frames import Change
 from crdt_llm.sync.wire.verdict import Lacking
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from crdt_llm.sync.relay.access import Pass
     from crdt_llm.sync.relay.native_peer import NativeConnection
     from crdt_llm.sync.relay.native_session import Submit
-    from crdt_llm.sync.room.room import Delivery, Room
+    from crdt_llm.sync.room.peer import Delivery
+    from crdt_llm.sync.room.room import Room
     from crdt_llm.sync.wire.frames import Open
     from crdt_llm.sync.wire.verdict import Verdict
     from crdt_llm.sync.wire.y_websocket import AwarenessState
@@ -189,7 +190,7 @@ class ChannelPeer(Peer):
     # -- for the room --------------------------------------------------------------------------
 
     def entered(self, room: Room) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`."""
         wish, self._room, self._wish = self._wish, room, None
         if wish is None:
             raise AssertionError("a channel enters one room, once")
@@ -209,7 +210,7 @@ class ChannelPeer(Peer):
         self.presence(room.awareness.states)
 
     def settle(self, submission: Submission, verdict: Verdict, room: Room) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`."""
         asked = isinstance(verdict, Lacking)  # of all verdicts only this one says what is here
         state_vector = room.state_vector(self.author) if asked else EMPTY_STATE_VECTOR
         self._handed.popleft()
@@ -219,7 +220,7 @@ class ChannelPeer(Peer):
             self._connection.put_off(self._handed.popleft().submit, RETRY_MS)
 
     def deliver(self, delivery: Delivery) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`."""
         if self._room is None or self._connection.is_owed(self):
             return
         if len(delivery.update) <= UPDATE_BYTES_MAX:
@@ -228,7 +229,7 @@ class ChannelPeer(Peer):
             self._connection.owe(self)
 
     def answer(self, room: Room) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`."""
         pulled, self._pulled = self._pulled, None
         follows = room.since(self._lsn) if pulled is None else None
         if follows is None:
@@ -237,10 +238,10 @@ class ChannelPeer(Peer):
         self._connection.pay(self, frames.State(self.number, room.lsn, follows))
 
     def presence(self, states: Iterable[AwarenessState]) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`."""
         if not self._is_speaking:
             self._connection.presence(self, states)
 
     def dismiss(self, error: CrdtLlmError) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`."""
         self._connection.end(self, error)

@@ -31,8 +31,9 @@ from crdt_llm.errors import (
 from crdt_llm.store.register import MemoryRegister
 from crdt_llm.sync.relay.drafts import Drafts
 from crdt_llm.sync.relay.metrics import MeasuredLog
+from crdt_llm.sync.room.peer import Peer, Submission
 from crdt_llm.sync.room.refusal_rate import RefusalRate
-from crdt_llm.sync.room.room import Peer, Room, Submission
+from crdt_llm.sync.room.room import Room
 from crdt_llm.sync.room.scrubbing import Scrubber
 from crdt_llm.sync.room.upkeep import replica_of
 from crdt_llm.sync.wire.verdict import (
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from crdt_llm.store.register import Register, Row
     from crdt_llm.sync.relay.drafts import Listener
     from crdt_llm.sync.relay.metrics import Metrics
-    from crdt_llm.sync.room.room import Delivery
+    from crdt_llm.sync.room.peer import Delivery
     from crdt_llm.sync.wire.verdict import Verdict
 
 Result = TypeVar("Result")
@@ -125,7 +126,7 @@ class Membership(Peer):
         Args:
             update: What was written.
             restore: It is all that this peer had acknowledged.
-            doubts: See :class:`~crdt_llm.sync.room.room.Submission`.
+            doubts: See :class:`~crdt_llm.sync.room.peer.Submission`.
 
         Raises:
             Refused: Against a rule; nothing of it is stored.
@@ -172,31 +173,31 @@ class Membership(Peer):
     # -- for the room --------------------------------------------------------------------------
 
     def entered(self, room: Room) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`."""
         self._room = room
         self.state = room.diff()
         if self._listen is not None:
             self._stop_listening = self._listen()
 
     def settle(self, submission: Submission, verdict: Verdict, room: Room) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`."""
         del room  # known since it was entered
         waiting: asyncio.Future[Verdict] = submission.tag
         if not waiting.done():
             waiting.set_result(verdict)
 
     def deliver(self, delivery: Delivery) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`."""
         self._deliver(delivery.update)
 
     def answer(self, room: Room) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`; nothing is asked for here."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`; nothing is asked for here."""
 
     def presence(self, states: tuple[AwarenessState, ...]) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`; a node does not look who is here."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`; a node does not look who is here."""
 
     def dismiss(self, error: CrdtLlmError) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`."""
         self._end(error)
         self._lost(error)
 

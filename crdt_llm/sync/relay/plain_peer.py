@@ -21,7 +21,7 @@ from crdt_llm.sync.relay.plain_session import (
     Session,
     Submit,
 )
-from crdt_llm.sync.room.room import Peer, Submission
+from crdt_llm.sync.room.peer import Peer, Submission
 from crdt_llm.sync.wire.verdict import CLOSE_REASON_BYTES_MAX, close_code, reason_of, shorten
 from crdt_llm.sync.wire.y_websocket import (
     AUTH_REASON_BYTES_MAX,
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from crdt_llm.errors import CrdtLlmError
     from crdt_llm.sync.relay.metrics import Metrics
     from crdt_llm.sync.relay.plain_session import Event
-    from crdt_llm.sync.room.room import Delivery, Room
+    from crdt_llm.sync.room.peer import Delivery
+    from crdt_llm.sync.room.room import Room
     from crdt_llm.sync.wire.verdict import CloseCode, Verdict
     from crdt_llm.sync.wire.y_websocket import AwarenessState
 
@@ -126,20 +127,20 @@ class RemotePeer(Peer):
     # -- for the room --------------------------------------------------------------------------
 
     def entered(self, room: Room) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`."""
         self._room = room
         self._follow_all(self._session.open())
         self.presence(room.awareness.states)
 
     def settle(self, submission: Submission, verdict: Verdict, room: Room) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`."""
         del room  # known since it was entered
         if self._metrics is not None:
             self._metrics.judged("plain", verdict)
         self._follow_all(self._session.settle(submission.tag, verdict))
 
     def deliver(self, delivery: Delivery) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`."""
         if not self._is_live or self._owed is not None:
             return  # the Step2 to come holds it
         fits = len(delivery.update) <= UPDATE_BYTES_MAX  # what one commit joins may not
@@ -152,7 +153,7 @@ class RemotePeer(Peer):
         self._wake()
 
     def answer(self, room: Room) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`."""
         if self._owed is None:
             return
         owed, self._owed = self._owed, None
@@ -161,12 +162,12 @@ class RemotePeer(Peer):
         self._wake()
 
     def presence(self, states: Iterable[AwarenessState]) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`."""
         self._outbox.put_presence(states)
         self._wake()
 
     def dismiss(self, error: CrdtLlmError) -> None:
-        """See :class:`~crdt_llm.sync.room.room.Peer`."""
+        """See :class:`~crdt_llm.sync.room.peer.Peer`."""
         self.refuse(error)
 
     # -- between the two -----------------------------------------------------------------------

@@ -27,7 +27,7 @@ from crdt_llm.store.memory import MemoryDisk, MemoryLog
 from crdt_llm.sync.client import local_replica
 from crdt_llm.sync.client.intents import Add
 from crdt_llm.sync.client.replica_file import ReplicaFile
-from crdt_llm.sync.room import room
+from crdt_llm.sync.room import judge
 from crdt_llm.sync.wire.y_websocket import decode_state_vector
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Fleet(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         # So that these short conversations are compacted again and again.
         self.patch.setattr(local_replica, "COMPACT_BYTES_MIN", 500)
-        self.patch.setattr(room, "rules", SimpleNamespace(check=check_with_offences))
+        self.patch.setattr(judge, "rules", SimpleNamespace(check=check_with_offences))
 
     @initialize(seed=st.integers(0, 2**32))
     def begin(self, seed: int) -> None:

@@ -17,7 +17,7 @@ from crdt_llm.sync.relay import outbox as outbox_module
 from crdt_llm.sync.relay.access import Pass
 from crdt_llm.sync.relay.native_session import LEFT
 from crdt_llm.sync.relay.plain_peer import RemotePeer
-from crdt_llm.sync.room import room as room_module
+from crdt_llm.sync.room import seats as seats_module
 from crdt_llm.sync.room.refusal_rate import REFUSALS_FREE, RefusalRate
 from crdt_llm.sync.room.room import STORE_PAUSE_FIRST_S, STORE_PAUSE_MAX_S
 from crdt_llm.sync.wire.frames import (
@@ -280,7 +280,7 @@ async def test_a_channel_may_be_left_before_it_opened() -> None:
     await turns()
     assert native.down() == [Closed(1, LEFT, "left")]
     (room,) = place.hub._rooms.values()
-    assert len(room._seats) == 1
+    assert len(room._seats._seats) == 1
 
 
 async def test_one_connection_holds_many_conversations() -> None:
@@ -515,12 +515,12 @@ async def test_a_connection_that_goes_leaves_every_room() -> None:
     await native.send(open_frame(2, conversation=conversation_id(Birth("owner", b"o" * 16))))
     native.connection.leave()
     await turns()
-    assert sum(len(room._seats) for room in place.hub._rooms.values()) == 1
+    assert sum(len(room._seats._seats) for room in place.hub._rooms.values()) == 1
     assert native.connection.take() is None
 
 
 async def test_flooding_one_channel_waits_for_its_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room_module, "UNSETTLED_MAX", 2)
+    monkeypatch.setattr(seats_module, "UNSETTLED_MAX", 2)
     place = Place()
     await born(place)
     native, replica = await opened(place, 1)
@@ -575,7 +575,7 @@ class Held:
 
 async def test_a_channel_that_is_held_does_not_hold_up_the_others() -> None:
     held = Held()
-    full = REFUSALS_FREE + room_module.UNSETTLED_MAX
+    full = REFUSALS_FREE + seats_module.UNSETTLED_MAX
     native, replica = await held.flooded(full)
     other = Birth("owner", b"another 16 bytes")
     await native.send(update_frame(full + 1, replica.say("behind it")))
@@ -606,7 +606,7 @@ async def test_whoever_sends_on_and_on_is_closed_out_of_that_channel(
 ) -> None:
     monkeypatch.setattr(channel_peer_module, "PUT_OFF_MAX", 2)
     held = Held()
-    full = REFUSALS_FREE + room_module.UNSETTLED_MAX
+    full = REFUSALS_FREE + seats_module.UNSETTLED_MAX
     native, _ = await held.flooded(full)
     for number in range(full + 1, full + 4):
         await native.send(update_frame(number, b"\1\2\3"))

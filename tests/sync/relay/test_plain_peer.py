@@ -154,7 +154,7 @@ async def test_what_waited_behind_a_refused_update_is_never_looked_at(
     await hostile.up()
     other = Device(Random(9))
     other.merge(hostile.device.written[0])
-    other.merge(place.hub._rooms[CONVERSATION]._loaded_replica().diff())
+    other.merge(place.hub._rooms[CONVERSATION]._replica.document.diff())
     await hostile.peer.receive(encode(SyncUpdate(other.entitle("fine by itself"))))
     await turns()
     place.gate.set()

@@ -20,7 +20,7 @@ from crdt_llm.sync.relay.access import Pass
 from crdt_llm.sync.relay.hub import Hub
 from crdt_llm.sync.relay.plain_peer import RemotePeer
 from crdt_llm.sync.relay.server import Limits, Relay
-from crdt_llm.sync.room import room as room_module
+from crdt_llm.sync.room import look as look_module
 from crdt_llm.sync.update.structure import find_gap
 from crdt_llm.sync.wire.verdict import CloseCode
 from crdt_llm.sync.wire.y_websocket import (
@@ -557,7 +557,7 @@ async def test_a_large_cheap_update_does_not_stop_another_conversation(
             assert go_on.wait(timeout=10)
         return find_gap(structure, known)
 
-    monkeypatch.setattr(room_module, "find_gap", search_long)
+    monkeypatch.setattr(look_module, "find_gap", search_long)
     async with serving() as served, served.open() as one, another_conversation(served) as talk:
         assert isinstance(await read(one), SyncStep1)
         await one.send(encode(SyncStep2(collected(2**16))))

@@ -276,7 +276,7 @@ async def test_the_rooms_own_id_is_nobodys() -> None:
     owner, _ = await born(place)
     room = place.hub._rooms[CONVERSATION]
     impostor = Device(Random(8))
-    impostor.replica = Conversation(room._loaded_replica().client_id, update=document(place).diff())
+    impostor.replica = Conversation(room._replica.document.client_id, update=document(place).diff())
     with pytest.raises(Refused, match="somebody else"):
         await owner.membership.submit(impostor.say("hello"))
 

@@ -24,9 +24,13 @@ from crdt_llm.errors import (
     StoreFailed,
     TooLarge,
 )
+from crdt_llm.sync.room import look as look_module
+from crdt_llm.sync.room import replica as replica_module
 from crdt_llm.sync.room import room as room_module
+from crdt_llm.sync.room import seats as seats_module
 from crdt_llm.sync.room.offload import OFFLOAD_BYTES_MIN
-from crdt_llm.sync.room.room import STORE_PAUSE_FIRST_S, UNSETTLED_MAX
+from crdt_llm.sync.room.room import STORE_PAUSE_FIRST_S
+from crdt_llm.sync.room.seats import UNSETTLED_MAX
 from crdt_llm.sync.room.upkeep import COMPACT_BYTES_MIN
 from crdt_llm.sync.update import structure
 from crdt_llm.sync.wire.y_websocket import decode_state_vector
@@ -195,7 +199,7 @@ async def test_a_large_update_is_read_and_searched_off_the_loop(
         return asking
 
     for asked in (structure.read_update, structure.find_gap, structure.brings):
-        monkeypatch.setattr(room_module, asked.__name__, noting(asked.__name__, asked))
+        monkeypatch.setattr(look_module, asked.__name__, noting(asked.__name__, asked))
     place = Place()
     owner, device = await born(place)
     assert set(threads.values()) == {threading.get_ident()}  # a small one is not worth the way
@@ -394,9 +398,9 @@ async def test_a_large_update_is_read_in_a_thread_with_the_same_verdict() -> Non
 
 
 async def test_a_conversation_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room_module, "DOCUMENT_BYTES_MAX", 30_000)
-    monkeypatch.setattr(room_module, "NODE_RESERVE_BYTES", 10_000)
-    monkeypatch.setattr(room_module, "DOCUMENT_SLACK_BYTES", 1_000)
+    monkeypatch.setattr(replica_module, "DOCUMENT_BYTES_MAX", 30_000)
+    monkeypatch.setattr(replica_module, "NODE_RESERVE_BYTES", 10_000)
+    monkeypatch.setattr(replica_module, "DOCUMENT_SLACK_BYTES", 1_000)
     place = Place()
     owner, device = await born(place)
     node = await place.join("owner", node=True)
@@ -444,7 +448,7 @@ async def test_a_peer_with_too_much_unsettled_waits() -> None:
     place.gate.clear()
     writes = [asyncio.create_task(owner.membership.submit(device.say("x"))) for _ in range(500)]
     await turns(100)
-    seat = place.hub._rooms[CONVERSATION]._seats[owner.membership]
+    seat = place.hub._rooms[CONVERSATION]._seats._seats[owner.membership]
     assert seat.unsettled == UNSETTLED_MAX
     place.gate.set()
     await asyncio.gather(*writes)
@@ -570,7 +574,7 @@ async def test_the_known_clocks_are_those_of_the_replica() -> None:
             with pytest.raises(Refused):
                 await owner.membership.submit(forged)
         room = place.hub._rooms[CONVERSATION]
-        assert room._known == decode_state_vector(room.state_vector())
+        assert room._replica.known == decode_state_vector(room.state_vector())
 
 
 async def test_a_rooms_state_is_not_read_while_some_of_it_is_not_durable() -> None:
@@ -600,7 +604,7 @@ async def test_a_panic_outside_the_checks_ends_only_this_room(
     place = Place()
     owner, device = await born(place)
     with monkeypatch.context() as patch:
-        patch.setattr(room_module, "merge", panics)
+        patch.setattr(seats_module, "merge", panics)
         with pytest.raises(CrdtLlmError):
             await owner.membership.submit(device.say("x"))
     assert len(owner.lost) == 1

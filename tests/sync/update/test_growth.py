@@ -13,8 +13,8 @@ from crdt_llm.document import rules
 from crdt_llm.document.conversation import Conversation
 from crdt_llm.document.schema import Born, Role, State, entry_id
 from crdt_llm.errors import MalformedMessage, Refused
-from crdt_llm.sync.room import room
-from crdt_llm.sync.room.room import _glance_at, _look_at
+from crdt_llm.sync.room import judge
+from crdt_llm.sync.room.look import glance_at, look_at
 from crdt_llm.sync.update.growth import GROWTH_BYTES_MAX, read_growth
 from crdt_llm.sync.update.structure import TRANSACTION_LIMITS, Id, Kind, Struct, read_update
 from crdt_llm.sync.wire.y_websocket import CLOCK_MAX, decode_state_vector
@@ -31,7 +31,7 @@ def the_whole_says(update: bytes, known: Mapping[int, int]) -> Any:
     looks: list[Any] = []
     for node in (True, False):
         try:
-            looks.append(_look_at(update, TRANSACTION_LIMITS, known, node=node))
+            looks.append(look_at(update, TRANSACTION_LIMITS, known, node=node))
         except (Refused, MalformedMessage) as error:
             looks.append(error)
     return looks
@@ -39,7 +39,7 @@ def the_whole_says(update: bytes, known: Mapping[int, int]) -> Any:
 
 def check_glance(update: bytes, known: Mapping[int, int]) -> bool:
     """A glance finds what the whole reading finds, or says nothing; whether it found something."""
-    look = _glance_at(update, known)
+    look = glance_at(update, known)
     if look is not None:
         assert the_whole_says(update, known) == [look, look]
         assert look.structure == read_update(update)
@@ -227,7 +227,7 @@ async def test_a_token_needs_no_more_than_that(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("this was not needed")
 
-    monkeypatch.setattr(room, "_look_at", fail)
+    monkeypatch.setattr(judge, "look_at", fail)
     monkeypatch.setattr(rules, "_Check", fail)
     for words in (" think", ", therefore", " 🦜"):
         with node.replica.writing() as writer:
