@@ -5,16 +5,38 @@ This module owns how a program waits for a reply. It must not know sockets, disk
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from crdt_llm.document.schema import ENDED, State
 from crdt_llm.errors import Refused, ReplyFailed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
+    from crdt_llm.document.conversation import Conversation
     from crdt_llm.document.schema import Entry
-    from crdt_llm.sync.client.open_conversation import OpenConversation
+    from crdt_llm.sync.client.changes import Changed, Feed
+    from crdt_llm.sync.client.journal import RefusedWrite
+
+
+class Source(Protocol):
+    """What a reply needs of the conversation that it stands in."""
+
+    @property
+    def document(self) -> Conversation:
+        """The replica, for reading."""
+
+    def entry(self, entry: str) -> Entry:
+        """One entry as it is now."""
+
+    def refusal_of(self, entry: str) -> RefusedWrite | None:
+        """The refused write that an entry was part of."""
+
+    def changes(self) -> Feed:
+        """What happens from now on."""
+
+    async def next_of(self, feed: Feed, wanted: Callable[[Changed], bool]) -> Changed:
+        """The next change of a feed that is ``wanted``; raises when there will be none."""
 
 
 class Reply:
@@ -24,7 +46,7 @@ class Reply:
     that was: look at ``(await reply.entry()).state``, or call :meth:`text`, which raises.
     """
 
-    def __init__(self, conversation: OpenConversation, slot: str) -> None:
+    def __init__(self, conversation: Source, slot: str) -> None:
         self.id = slot
         self._conversation = conversation
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Protocol, Unpack
 
 from crdt_llm.document import rules
 from crdt_llm.document.schema import (
@@ -30,14 +30,15 @@ from crdt_llm.sync.client.wording import author_role, checked_text, params_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from random import Random
 
     from crdt_llm.document.conversation import Change, Conversation
     from crdt_llm.document.schema import Entry, Meta
     from crdt_llm.sync.client.changes import Feed
-    from crdt_llm.sync.client.client import Client
+    from crdt_llm.sync.client.connection import Connection
     from crdt_llm.sync.client.journal import RefusedWrite
     from crdt_llm.sync.client.local_replica import LocalReplica
-    from crdt_llm.sync.client.pen import Compose
+    from crdt_llm.sync.client.pen import Compose, Pen
     from crdt_llm.sync.client.presence import NodePresence
     from crdt_llm.sync.client.traffic import Traffic
     from crdt_llm.sync.client.wording import Sampling
@@ -77,10 +78,38 @@ class Invitation:
     token: str = field(repr=False)
 
 
-class OpenConversation:
-    """A conversation that this device has open. Made by :class:`Client`."""
+class Household(Protocol):
+    """What an open conversation needs of the client that has it open."""
 
-    def __init__(self, client: Client, replica: LocalReplica) -> None:
+    device: str
+    random: Random
+    drafts: bool
+    pen: Pen
+    connection: Connection
+
+    @property
+    def principal(self) -> str:
+        """Who one is to the relay."""
+
+    async def archive(self, conversation: str, *, archived: bool = True) -> None:
+        """Put a conversation away in our own list, or take it out again."""
+
+    def link_to(self, conversation: str, token: str) -> str:
+        """A link that a browser opens a conversation with."""
+
+    def forget(self, conversation: OpenConversation) -> None:
+        """It was closed."""
+
+
+class OpenConversation:
+    """A conversation that this device has open.
+
+    Args:
+        client: whose it is.
+        replica: what this device has of it.
+    """
+
+    def __init__(self, client: Household, replica: LocalReplica) -> None:
         self._client = client
         self._replica = replica
         self._feeds = Feeds()

@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from crdt_llm.document.conversation import EMPTY_STATE_VECTOR
 from crdt_llm.document.rules import Author
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from crdt_llm.errors import CrdtLlmError
     from crdt_llm.sync.relay.access import Pass
-    from crdt_llm.sync.relay.native_peer import NativeConnection
+    from crdt_llm.sync.relay.drafts import Drafts
     from crdt_llm.sync.relay.native_session import Submit
     from crdt_llm.sync.room.peer import Delivery
     from crdt_llm.sync.room.room import Room
@@ -78,6 +78,54 @@ class Standing:
         return Author(principal, self.node is not None, cap=self.found.cap(conversation))
 
 
+class Connection(Protocol):
+    """What a channel needs of the connection that it shares with others."""
+
+    address: str | None
+
+    @property
+    def log(self) -> str:
+        """The relay's log, by its id."""
+
+    @property
+    def drafts(self) -> Drafts:
+        """What is being typed."""
+
+    @property
+    def now_s(self) -> float:
+        """Seconds, monotonic."""
+
+    def opened(self, opened: frames.Opened) -> None:
+        """A channel's room let it in."""
+
+    def settle(self, submit: Submit, verdict: Verdict, lsn: int, state_vector: bytes) -> None:
+        """A channel's room has judged an update."""
+
+    def put_off(self, submit: Submit, retry_ms: int) -> None:
+        """A channel's room did not take an update in time."""
+
+    def change(self, channel: ChannelPeer, change: Change) -> None:
+        """Others wrote in a channel's conversation."""
+
+    def owe(self, channel: ChannelPeer) -> None:
+        """A channel is to get all that it lacks: its room is asked when there is room for it."""
+
+    def is_owed(self, channel: ChannelPeer) -> bool:
+        """Whether changes need not be sent to a channel: what it is owed will hold them."""
+
+    def pay(self, channel: ChannelPeer, state: frames.State) -> None:
+        """Send a channel what it lacks."""
+
+    def presence(self, channel: ChannelPeer, states: Iterable[AwarenessState]) -> None:
+        """Who is in a channel's conversation, or went."""
+
+    def hint(self, number: int, source: int, after: str | None, keep: int, text: str) -> bool:
+        """Tell the node at the other end of a draft; whether there was room for that."""
+
+    def end(self, channel: ChannelPeer, error: CrdtLlmError) -> None:
+        """A channel's room does not have it any more, or did not take it."""
+
+
 class ChannelPeer(Peer):
     """What a room sees of one channel.
 
@@ -90,7 +138,7 @@ class ChannelPeer(Peer):
     survives_refusal = True
     survives_failure = True
 
-    def __init__(self, connection: NativeConnection, wish: Open, standing: Standing) -> None:
+    def __init__(self, connection: Connection, wish: Open, standing: Standing) -> None:
         super().__init__(standing.found.principal)
         self.author = standing.author_in(wish.conversation)
         self.address = connection.address
