@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 from crdt_llm.document.chain import lease_message
 from crdt_llm.errors import CrdtLlmError
 from crdt_llm.sync.wire.lease import Granted
+from crdt_llm.sync.wire.verdict import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -405,7 +406,7 @@ class LeaseOffice:
             epoch = await self._grant_epoch(conversation, holder.node)
         except CrdtLlmError as error:
             logger.warning("conversation %s: no lease: %s", conversation, error)
-            self._carry_out(self.desk.fail(grant, str(error)))
+            self._carry_out(self.desk.fail(grant, reason_of(error)))
             return
         if self.desk.confirm(grant):
             signature = self._sign(lease_message(conversation, epoch, holder.node))

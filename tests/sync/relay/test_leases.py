@@ -344,7 +344,7 @@ class Epochs:
         assert len(node) == 32
         await self.turn.wait()
         if self.fails:
-            raise StoreFailed("the disk is full")
+            raise StoreFailed("cannot write /srv/crdt_llm/register.db: the disk is full")
         if node != self.holder:
             self.epoch += 1
             self.holder = node
@@ -395,13 +395,16 @@ async def test_a_takeover_tells_the_old_holder_first(
     assert lease.epoch == 2
 
 
-async def test_a_register_that_fails_is_told_and_asked_again(clock: Clock, first: Node) -> None:
+async def test_a_register_that_fails_is_told_and_asked_again(
+    clock: Clock, first: Node, caplog: pytest.LogCaptureFixture
+) -> None:
     epochs = Epochs()
     desk = office(epochs, clock, [])
     epochs.fails = True
     desk.want(HERE, first)
     await settle()
-    assert first.told == ["the disk is full"]
+    assert first.told == ["the store cannot be used now"], "our files are our log's alone"
+    assert "cannot write /srv/crdt_llm/register.db: the disk is full" in caplog.text
     epochs.fails = False
     desk.want(HERE, first)
     await settle()
