@@ -15,7 +15,7 @@ from crdt_llm.cli.folders import read_token
 from crdt_llm.cli.printable import one_line
 from crdt_llm.conformance.connection import Broken, Endpoint, Native
 from crdt_llm.conformance.run import CASES, run
-from crdt_llm.errors import CrdtLlmError, LocalMisuse
+from crdt_llm.errors import CrdtLlmError, LocalMisuse, StoreFailed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -58,16 +58,20 @@ def run_conformance(  # noqa: PLR0913 - the options of a command
 
     Raises:
         LocalMisuse: there is no such case.
+        StoreFailed: the report cannot be written there.
         CrdtLlmError: the endpoint cannot be reached.
     """
     unknown = sorted(set(only) - {case.id for case in CASES})
     if unknown:
         raise LocalMisuse(f"there is no case {unknown[0]}: {', '.join(case.id for case in CASES)}")
     endpoint = endpoint_of(url, read_token(token_file), deadline_s)
+    if report is not None:
+        report = report.expanduser()
+        _try_to_write(report)
     results = asyncio.run(_run(endpoint, only, crash, quiet=json))
     facts = _facts(url, results)
     if report is not None:
-        report.expanduser().write_text(json_format.dumps(facts, indent=2) + "\n")
+        report.write_text(json_format.dumps(facts, indent=2) + "\n")
     if json:
         print(json_format.dumps(facts))  # noqa: T201 - the terminal
     else:
@@ -77,6 +81,21 @@ def run_conformance(  # noqa: PLR0913 - the options of a command
             f" {counts['skip']} were skipped"
         )
     return 1 if facts["counts"]["fail"] else 0
+
+
+def _try_to_write(path: Path) -> None:
+    """Fail before the run and not after it. What is there stays as it is.
+
+    Raises:
+        StoreFailed: nothing can be written there.
+    """
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise StoreFailed(f"the report {path} cannot be written ({error.strerror})") from error
 
 
 async def _run(
