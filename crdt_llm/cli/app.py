@@ -572,6 +572,16 @@ def conformance(
             show_default=False,
         ),
     ] = None,
+    wipe: Annotated[
+        str | None,
+        typer.Option(
+            help="A shell command that kills the endpoint, removes the log with every"
+            " conversation in it (log.db*), keeps the register, keys and tokens, and starts it"
+            " again; without it those cases are skipped. Never where there are conversations to"
+            " keep.",
+            show_default=False,
+        ),
+    ] = None,
     deadline: Annotated[
         float, typer.Option(min=0.1, help="Seconds that anything may take.")
     ] = 20.0,
@@ -584,7 +594,8 @@ def conformance(
 ) -> None:
     """Try whether an endpoint keeps the protocol's promises, case by case.
 
-    It makes conversations of its own and leaves others alone. Exits with 1 if a promise is broken.
+    It makes conversations of its own and leaves others alone; what --wipe removes is up to your
+    command. Exits with 1 if a promise is broken.
     """
     from crdt_llm.cli.conformance import run_conformance  # noqa: PLC0415 - see the docstring
     from crdt_llm.cli.folders import DataFolder  # noqa: PLC0415 - as above
@@ -596,6 +607,7 @@ def conformance(
             token_file=token_file or DataFolder.named(None).token,
             only=only or (),
             crash=crash,
+            wipe=wipe,
             deadline_s=deadline,
             report=report,
             json=json,

@@ -1,6 +1,6 @@
 """``crdt-llm conformance``: does an endpoint keep the protocol's promises?
 
-This module owns the command that crashes an endpoint, and what is printed; what is tried is
+This module owns the commands that crash or wipe an endpoint, and what is printed; what is tried is
 :mod:`crdt_llm.conformance`'s.
 """
 
@@ -18,7 +18,7 @@ from crdt_llm.conformance.run import CASES, run
 from crdt_llm.errors import CrdtLlmError, LocalMisuse, StoreFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from pathlib import Path
 
     from crdt_llm.conformance.run import Result
@@ -47,6 +47,7 @@ def run_conformance(  # noqa: PLR0913 - the options of a command
     token_file: Path,
     only: Sequence[str],
     crash: str | None,
+    wipe: str | None,
     deadline_s: float,
     report: Path | None,
     json: bool,
@@ -68,7 +69,11 @@ def run_conformance(  # noqa: PLR0913 - the options of a command
     if report is not None:
         report = report.expanduser()
         _try_to_write(report)
-    results = asyncio.run(_run(endpoint, only, crash, quiet=json))
+    ways = {
+        name: None if command is None else _restarting(f"--{name}", command, endpoint)
+        for name, command in (("crash", crash), ("wipe", wipe))
+    }
+    results = asyncio.run(_run(run(endpoint, only=only, **ways), quiet=json))
     facts = _facts(url, results)
     if report is not None:
         report.write_text(json_format.dumps(facts, indent=2) + "\n")
@@ -98,12 +103,9 @@ def _try_to_write(path: Path) -> None:
         raise StoreFailed(f"the report {path} cannot be written ({error.strerror})") from error
 
 
-async def _run(
-    endpoint: Endpoint, only: Sequence[str], crash: str | None, *, quiet: bool
-) -> list[Result]:
-    crashing = None if crash is None else _crashing(crash, endpoint)
+async def _run(coming: AsyncIterator[Result], *, quiet: bool) -> list[Result]:
     results = []
-    async for result in run(endpoint, crash=crashing, only=only):
+    async for result in coming:
         results.append(result)
         if not quiet:
             detail = f"  {one_line(result.detail, 200)}" if result.detail else ""
@@ -115,15 +117,15 @@ async def _run(
     return results
 
 
-def _crashing(command: str, endpoint: Endpoint) -> Callable[[], Awaitable[None]]:
+def _restarting(option: str, command: str, endpoint: Endpoint) -> Callable[[], Awaitable[None]]:
     """Run a command of the user's own, then wait until the endpoint is back."""
 
-    async def crash() -> None:
+    async def restart() -> None:
         process = await asyncio.create_subprocess_shell(
             command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
         )
         if code := await process.wait():
-            raise Broken(f"the command of --crash failed with exit code {code}")
+            raise Broken(f"the command of {option} failed with exit code {code}")
         async with asyncio.timeout(endpoint.deadline_s):
             while True:
                 try:
@@ -135,7 +137,7 @@ def _crashing(command: str, endpoint: Endpoint) -> Callable[[], Awaitable[None]]
                     await wire.close()
                     return
 
-    return crash
+    return restart
 
 
 def _facts(url: str, results: Sequence[Result]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What a case is, and the world that it runs in.
 
 This module owns the form of a case and what cases share: devices that are let go at the end, a
-second principal, a way to crash the endpoint. It must not know any particular case.
+second principal, ways to crash the endpoint and to make it lose its log. It must not know any
+particular case.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from crdt_llm.conformance.connection import Endpoint
     from crdt_llm.document.conversation import Conversation
     from crdt_llm.document.schema import Grant
+    from crdt_llm.sync.wire.frames import Opened
 
 
 class Need(enum.StrEnum):
@@ -31,6 +33,7 @@ class Need(enum.StrEnum):
 
     NODE = "an inference node that answers"
     CRASH = "a command that kills the endpoint and starts it again (--crash)"
+    WIPE = "a command that makes the endpoint lose its log and keep its register (--wipe)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +64,14 @@ class World:
         principal: Whom the token stands for.
         relay: The relay's public key.
         crash: Kills the endpoint and starts it again, if that can be done.
+        wipe: Makes the endpoint lose its log and keep its register, if that can be done.
     """
 
     endpoint: Endpoint
     principal: str
     relay: bytes
     crash: Callable[[], Awaitable[None]] | None = None
+    wipe: Callable[[], Awaitable[None]] | None = None
     _devices: list[Device] = field(default_factory=list)
     _wires: list[Native] = field(default_factory=list)
 
@@ -113,6 +118,15 @@ class World:
         device = Device(self.endpoint, owner.id, principal=principal, token=token, name=name)
         return self.kept(device)
 
+    async def lose_log(self) -> None:
+        """Make the endpoint lose every conversation, and keep what it registered of them."""
+        if self.wipe is None:
+            raise Broken("nothing makes the endpoint lose its log: the case is wrong")
+        for device in self._devices:
+            if device.wire is not None:
+                device.cut()
+        await self.wipe()
+
     async def close(self) -> None:
         """Let everything go."""
         for device in self._devices:
@@ -142,6 +156,28 @@ async def requested(device: Device, name: str, arguments: dict[str, Any]) -> Ans
     number = wire.next_id()
     await wire.send(Request(number, name, arguments))
     return await wire.expect(Answer, lambda answer: answer.id == number)
+
+
+async def bring_back(device: Device) -> Opened:
+    """Connect, and give the endpoint back what it has lost.
+
+    Raises:
+        Broken: It does not take it.
+    """
+    opened = await device.open()
+    verdict = await device.submit(device.replica.diff(opened.state_vector), restore=True)
+    if not isinstance(verdict, Ack):
+        raise Broken(f"what {device.name} brought back was refused: {verdict.reason}")
+    return opened
+
+
+def require_lost(opened: Opened) -> None:
+    """The first to open after a loss finds nothing; else nothing was tried.
+
+    Raises:
+        Broken: The endpoint still has something.
+    """
+    require(not decode_state_vector(opened.state_vector), "the log is still there after --wipe")
 
 
 def require(holds: object, what: str) -> None:

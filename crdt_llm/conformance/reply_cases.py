@@ -15,10 +15,13 @@ from crdt_llm.conformance.case import (
     Need,
     agree,
     begun,
+    bring_back,
     ended,
     require,
+    require_lost,
     streams,
 )
+from crdt_llm.conformance.connection import Broken
 from crdt_llm.document.chain import verify_path
 from crdt_llm.document.schema import Params, Role, State
 from crdt_llm.sync.wire.frames import Ack
@@ -29,11 +32,15 @@ if TYPE_CHECKING:
     )
     from crdt_llm.conformance.device import Device
     from crdt_llm.document.conversation import Conversation, Writer
+    from crdt_llm.document.schema import Entry
 
 _LONG: Final = 160  # tokens: long enough to be interrupted in the middle
 _SHORT: Final = 12
+_ENDLESS: Final = 4096  # tokens: it is stopped
+_SOME: Final = 20  # characters: a part of a reply
 _NODE: Final = frozenset({Need.NODE})
 _CRASH: Final = frozenset({Need.NODE, Need.CRASH})
+_WIPE: Final = frozenset({Need.NODE, Need.WIPE})
 
 
 async def _asked(device: Device, tokens: int, text: str = "Tell me something.") -> tuple[str, str]:
@@ -42,6 +49,13 @@ async def _asked(device: Device, tokens: int, text: str = "Tell me something.") 
     )
     await device.send(update)
     return name, slot
+
+
+def _entry(device: Device, name: str) -> Entry:
+    entry = device.replica.entry(name)
+    if entry is None:
+        raise Broken(f"{device.name} lacks entry {name}")
+    return entry
 
 
 def _done(device: Device, slot: str) -> Any:
@@ -106,7 +120,7 @@ async def stops_a_resumed_stream(world: World) -> None:
     """Stop works from any device, also after a reconnect."""
     first = world.device()
     await first.connect()
-    _, slot = await _asked(first, 4096)
+    _, slot = await _asked(first, _ENDLESS)
     await first.until(begun(slot), "the beginning of the reply")
     first.cut()
     second = world.another(first, "second")
@@ -211,11 +225,7 @@ async def proves_what_it_said(world: World) -> None:
     for _ in range(2):
         _, slot = await _asked(first, _SHORT)
         await first.until(ended(slot), "a reply")
-    checked = 0
-    for verdict in verify_path(first.replica, first.replica.view(), world.relay):
-        require(verdict.problem is None, f"entry {verdict.entry}: {verdict.problem}")
-        checked += 1
-    require(checked == 4, f"only {checked} of 4 entries are in the chain")  # noqa: PLR2004 - two turns
+    _proven(world, first, 4)
 
 
 async def prefills_what_is_new(world: World) -> None:
@@ -256,7 +266,7 @@ async def goes_on_after_a_crash(world: World) -> None:
     first = world.device()
     await first.connect()
     _, slot = await _asked(first, _LONG)
-    await first.until(begun(slot, 20), "some of the reply")
+    await first.until(begun(slot, _SOME), "some of the reply")
     seen = first.replica.text(slot)
     first.cut()
     await world.crash()
@@ -268,6 +278,82 @@ async def goes_on_after_a_crash(world: World) -> None:
     require(
         entry.usage is not None and entry.usage.sampled == _LONG, "tokens are missing or doubled"
     )
+
+
+async def goes_on_after_a_loss(world: World) -> None:
+    """A client brings back what was said, what is sealed in it, and half a reply, which goes on."""
+    first = world.device()
+    await first.connect()
+    _, said = await _asked(first, _SHORT)
+    await first.until(ended(said), "the end of the first reply")
+    _, slot = await _asked(first, _ENDLESS)
+    await first.until(_half_said(slot), "the beginning of the second reply")
+    whole, half = _done(first, said), _entry(first, slot)
+    require(streams(slot, first.replica), "the reply ended before the log could be lost")
+    await world.lose_log()
+    require_lost(await bring_back(first))
+    newcomer = world.another(first, "newcomer")
+    opened = await newcomer.connect()
+    require(not opened.behind, "the endpoint misses what it has got back")
+    require(newcomer.replica.entry(said) == whole, "a reply came back changed")
+    now = _entry(newcomer, slot)
+    require(now.content.startswith(half.content), "the text of half a reply did not come back")
+    sealed = now.sealed[: len(half.sealed)]
+    require(sealed == half.sealed, "the hidden fields of half a reply did not come back")
+    await newcomer.until(begun(slot, len(half.content) + 1), "more of the reply")
+    verdict = await newcomer.write(lambda writer: writer.stop(slot, world.principal))
+    require(isinstance(verdict, Ack), "stop was refused after a loss")
+    for device in (first, newcomer):
+        await device.until(ended(slot), "the end of the stopped reply")
+    text = newcomer.replica.text(slot)
+    require(text.startswith(half.content), "the reply was begun anew")
+    require(newcomer.replica.state(slot) is State.STOPPED, "the reply was not stopped")
+    _proven(world, newcomer, 4)
+    await agree([first, newcomer])
+
+
+async def waits_for_the_newer_replica(world: World) -> None:
+    """An older replica comes first: it can be read and written to, and no node acts upon it."""
+    first = world.device("newer")
+    await first.connect()
+    _, slot = await _asked(first, _SHORT)
+    await first.until(ended(slot), "the first reply")
+    older = world.another(first, "older", state=first.replica.diff())
+    _, slot = await _asked(first, _SHORT, "And then?")
+    await first.until(ended(slot), "the second reply")
+    shown = first.replica.view()
+    await world.lose_log()
+    opened = await bring_back(older)
+    require_lost(opened)
+    require(opened.behind, "the endpoint does not say that it lost something")
+    _, again = await _asked(older, _SHORT, "Anybody there?")
+    newcomer = world.another(first, "newcomer")
+    opened = await newcomer.connect()
+    require(opened.behind, "an older replica was taken for all that there was")
+    require(not newcomer.replica.tree.is_admitted(again), "a node acted upon an older replica")
+    await bring_back(first)
+    for device in (older, newcomer, first):
+        await device.until(ended(again), "the reply to what was asked meanwhile")
+    require(first.replica.view()[: len(shown)] == shown, "an older replica changed what was said")
+    _done(first, again)
+    _proven(world, first, 6)
+    await agree([older, newcomer, first])
+
+
+def _half_said(slot: str) -> Any:
+    def holds(replica: Conversation) -> bool:
+        entry = replica.entry(slot)
+        return entry is not None and len(entry.content) >= _SOME and bool(entry.sealed)
+
+    return holds
+
+
+def _proven(world: World, device: Device, entries: int) -> None:
+    checked = 0
+    for verdict in verify_path(device.replica, device.replica.view(), world.relay):
+        require(verdict.problem is None, f"entry {verdict.entry}: {verdict.problem}")
+        checked += 1
+    require(checked == entries, f"only {checked} of {entries} entries are in the chain")
 
 
 def _admitted(name: str) -> Any:
@@ -372,5 +458,19 @@ CASES: Final = (
         "the server restarted, and the reply hangs for ever",
         goes_on_after_a_crash,
         _CRASH,
+    ),
+    Case(
+        "lost-log-reply",
+        "a client brings back what the endpoint lost, half a reply too, and that goes on",
+        "after a loss of data, what the model said cannot be proven and what it was saying is gone",
+        goes_on_after_a_loss,
+        _WIPE,
+    ),
+    Case(
+        "lost-log-older",
+        "an older replica that comes first after a loss waits for the newer one",
+        "the first device to come back made its old copy the truth for everybody",
+        waits_for_the_newer_replica,
+        _WIPE,
     ),
 )

@@ -50,6 +50,7 @@ async def run(
     endpoint: Endpoint,
     *,
     crash: Callable[[], Awaitable[None]] | None = None,
+    wipe: Callable[[], Awaitable[None]] | None = None,
     only: Collection[str] = (),
 ) -> AsyncIterator[Result]:
     """Run the cases against an endpoint.
@@ -57,6 +58,7 @@ async def run(
     Args:
         endpoint: Where, as whom, and how long anything may take.
         crash: Kills the endpoint and starts it again, if that can be done.
+        wipe: Makes the endpoint lose its log and keep its register, if that can be done.
         only: The ids of the cases to run; empty is all.
 
     Yields:
@@ -70,10 +72,14 @@ async def run(
         welcome = await wire.hello(endpoint.token)
     finally:
         await wire.close()
-    world = World(endpoint, welcome.principal, welcome.relay, crash)
-    missing: dict[Need, str] = {} if crash is not None else {Need.CRASH: Need.CRASH.value}
+
+    def world() -> World:
+        return World(endpoint, welcome.principal, welcome.relay, crash, wipe)
+
+    ways = {Need.CRASH: crash, Need.WIPE: wipe}
+    missing = {need: need.value for need, way in ways.items() if way is None}
     chosen = [case for case in CASES if not only or case.id in only]
-    if any(Need.NODE in case.needs for case in chosen) and not await _has_node(world):
+    if any(Need.NODE in case.needs for case in chosen) and not await _has_node(world()):
         missing[Need.NODE] = Need.NODE.value
     for case in chosen:
         lacking = [missing[need] for need in case.needs if need in missing]
@@ -81,7 +87,7 @@ async def run(
             yield Result(case, "skip", f"needs {lacking[0]}", 0.0)
             continue
         began = time.monotonic()
-        detail = await _carry_out(case, World(endpoint, welcome.principal, welcome.relay, crash))
+        detail = await _carry_out(case, world())
         seconds = time.monotonic() - began
         yield Result(case, "fail" if detail else "pass", detail, seconds)
 

@@ -9,10 +9,19 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from crdt_llm.conformance.case import Case, Need, agree, covers, require
+from crdt_llm.conformance.case import (
+    Case,
+    Need,
+    agree,
+    bring_back,
+    covers,
+    require,
+    require_lost,
+)
 from crdt_llm.conformance.connection import Plain
 from crdt_llm.conformance.device import CHANNEL
 from crdt_llm.document.conversation import EMPTY_STATE_VECTOR
+from crdt_llm.document.schema import Grant
 from crdt_llm.errors import ConnectionLost
 from crdt_llm.sync.wire import frames, y_websocket
 from crdt_llm.sync.wire.frames import (
@@ -331,6 +340,23 @@ async def keeps_acknowledged_writes_over_a_crash(world: World) -> None:
     require(not missing, f"{len(missing)} acknowledged writes were lost")
 
 
+async def comes_back_after_a_loss(world: World) -> None:
+    """Whoever comes meanwhile has the right that was registered; the first who has it brings it."""
+    owner = world.device("owner")
+    await owner.connect()
+    await owner.send(owner.compose(lambda writer: writer.set_meta("title", "Only with us")))
+    _, update = owner.say("the endpoint will not know this")
+    await owner.send(update)
+    guest = await world.guest(owner, Grant.READER)
+    await world.lose_log()
+    opened = await guest.open()
+    require_lost(opened)
+    require(opened.grant == Grant.READER, f"after a loss a reader was told to be {opened.grant}")
+    await bring_back(owner)
+    await guest.until(lambda replica: bool(replica.view()), "what the owner brought back")
+    await agree([owner, guest])
+
+
 async def never_blocks_a_writer(world: World) -> None:
     """Eight devices write at once; nobody is told to wait for another."""
     first = world.device()
@@ -468,5 +494,12 @@ CASES: Final = (
         "the server crashed, and acknowledged messages were lost",
         keeps_acknowledged_writes_over_a_crash,
         frozenset({Need.CRASH}),
+    ),
+    Case(
+        "lost-log",
+        "a conversation that the endpoint lost comes back with a client, and rights are kept",
+        "the server lost its disk, and every thread is gone for everybody",
+        comes_back_after_a_loss,
+        frozenset({Need.WIPE}),
     ),
 )

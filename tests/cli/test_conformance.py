@@ -32,7 +32,7 @@ async def conformance(endpoint: Endpoint, folder: Path, **asked: Any) -> int:
     """The command, which has an event loop of its own."""
     token_file = folder / "token"
     token_file.write_text(endpoint.token)
-    options = {"only": (), "crash": None, "report": None, "json": False}
+    options = {"only": (), "crash": None, "wipe": None, "report": None, "json": False}
     return await asyncio.to_thread(
         run_conformance,
         endpoint.url,
@@ -76,7 +76,7 @@ def test_a_run_that_does_not_begin_leaves_the_last_report_alone(tmp_path: Path) 
     assert not fresh.exists()
 
 
-@pytest.mark.parametrize(("option", "case"), [("crash", "crash")])
+@pytest.mark.parametrize(("option", "case"), [("crash", "crash"), ("wipe", "lost-log")])
 async def test_what_the_operator_did_not_name_is_skipped_and_what_fails_is_named(
     option: str, case: str, endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

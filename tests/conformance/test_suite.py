@@ -133,7 +133,8 @@ async def test_a_broken_promise_is_seen(
 async def test_an_endpoint_without_a_node_is_not_blamed_for_its_silence(tmp_path: Path) -> None:
     async with relay(tmp_path) as endpoint:
         patient = replace(endpoint, deadline_s=0.5)
-        results = [result async for result in run(patient, only=["reply", "crash", "crash-reply"])]
+        asked = ["reply", "crash", "crash-reply", "lost-log", "lost-log-reply"]
+        results = [result async for result in run(patient, only=asked)]
     assert {result.outcome for result in results} == {"skip"}
     assert all(result.detail.startswith("needs ") for result in results)
 
