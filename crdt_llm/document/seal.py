@@ -3,20 +3,17 @@
 This module owns the sealed form of a reply's hidden state: which ids the model read and sampled,
 of what kind, under which model, renderer and parameters. It knows no tokenizer: ids are numbers.
 
-Byte-exact form of one blob in ``sealed``: MessagePack ``[2, key id, nonce, ciphertext,
+Byte-exact form of one blob in ``sealed``: MessagePack ``[1, key id, nonce, ciphertext,
 signature]``. The cipher is ChaCha20-Poly1305 (RFC 8439) with a random nonce of 12 bytes; the key
 is HKDF-SHA256 (RFC 5869) of the master key, no salt, info ``"crdt-llm/1/seal" ‖ conversation id``;
 the associated data is ``conversation id ‖ entry id ‖ chunk number (uint32, big-endian)``. The one
 blob that replaces the chunks at a reply's end has the chunk number ``2^32 - 1``. The signature is
-the node's, over ``"crdt-llm/2/chunk" ‖ conversation id ‖ entry id ‖ parent's digest ‖ epoch
+the node's, over ``"crdt-llm/1/chunk" ‖ conversation id ‖ entry id ‖ parent's digest ‖ epoch
 (uint64) ‖ chunk number (uint32) ‖ SHA-256(text so far) ‖ SHA-256(MessagePack of reads, or nil) ‖
 SHA-256(key id ‖ nonce ‖ ciphertext)``; the epoch is that of the reply's place, or the later one of
 a node that took the reply over. So whoever has no key can still tell that this is what a node
 sealed, and that the reply was answered from what it says. The plaintext is the MessagePack map of
 :meth:`Hidden.plain`.
-
-Blobs of the first form begin with 1, and their signature, over ``"crdt-llm/1/chunk" ‖ …``, ends
-with the text's hash. They are read, and not written any more.
 """
 
 from __future__ import annotations
@@ -44,11 +41,7 @@ if TYPE_CHECKING:
     from crdt_llm.document.keys import SigningKey
     from crdt_llm.document.schema import Entry
 
-FORMAT: Final = 2
-FORMAT_BEFORE: Final = 1
-"""Its signatures say nothing of what is sealed."""
-
-_FORMATS: Final = (FORMAT_BEFORE, FORMAT)
+FORMAT: Final = 1
 NONCE_BYTES: Final = 12
 FINAL_CHUNK: Final = 2**32 - 1
 KEY_ID_BYTES: Final = 8
@@ -152,26 +145,25 @@ class Where:
         """What the cipher binds the blob to."""
         return self.conversation.encode() + self.entry.encode() + self.chunk.to_bytes(4)
 
-    def signed(self, text: str, sealed: bytes | None) -> bytes:
+    def signed(self, text: str, sealed: bytes) -> bytes:
         """What the node signs: the place, the text as it stood with this chunk, what is sealed.
 
         Args:
             text: The text.
-            sealed: The key id, the nonce and the ciphertext; ``None`` in a blob of the first form.
+            sealed: The key id, the nonce and the ciphertext.
         """
-        place = (
-            self.conversation.encode()
+        reads: bytes = msgpack.packb(None if self.reads is None else list(self.reads))
+        return (
+            b"crdt-llm/1/chunk"
+            + self.conversation.encode()
             + self.entry.encode()
             + self.parent
             + self.epoch.to_bytes(8)
             + self.chunk.to_bytes(4)
             + hashlib.sha256(text.encode()).digest()
+            + hashlib.sha256(reads).digest()
+            + hashlib.sha256(sealed).digest()
         )
-        if sealed is None:
-            return b"crdt-llm/1/chunk" + place
-        reads: bytes = msgpack.packb(None if self.reads is None else list(self.reads))
-        rest = hashlib.sha256(reads).digest() + hashlib.sha256(sealed).digest()
-        return b"crdt-llm/2/chunk" + place + rest
 
 
 def place_of(conversation: Conversation, reply: Entry, chunk: int = 0) -> Where:
@@ -267,17 +259,14 @@ class Sealer:
 class _Parts(NamedTuple):
     """One blob, taken apart."""
 
-    form: int
     key_id: str
     nonce: bytes
     ciphertext: bytes
     signature: bytes
 
     @property
-    def sealed(self) -> bytes | None:
+    def sealed(self) -> bytes:
         """What its signature covers of it."""
-        if self.form == FORMAT_BEFORE:
-            return None
         return self.key_id.encode() + self.nonce + self.ciphertext
 
 
@@ -287,14 +276,17 @@ def _parts(blob: bytes) -> _Parts:
     except (ValueError, msgpack.UnpackException) as error:
         raise BadProof("a sealed field is no MessagePack") from error
     match parts:
-        case [int(form), str(), bytes(), bytes(), bytes()] if form in _FORMATS:
-            found = _Parts(*parts)
+        # Of other lengths, bytes could move from one to the other, and the signature over all of
+        # them would hold.
+        case [int(form), str(key_id), bytes(nonce), bytes(), bytes()] if (
+            form is not True
+            and form == FORMAT
+            and len(key_id) == 2 * KEY_ID_BYTES
+            and len(nonce) == NONCE_BYTES
+        ):
+            return _Parts(*parts[1:])
         case _:
             raise BadProof("a sealed field has not the form of one")
-    # Else bytes could move from one to the other, and the signature over all of them would hold.
-    if len(found.key_id) != 2 * KEY_ID_BYTES or len(found.nonce) != NONCE_BYTES:
-        raise BadProof("a sealed field has not the form of one")
-    return found
 
 
 def verify_chunk(
