@@ -213,7 +213,7 @@ function Banner({ live }: { live: LiveConversation }): JSX.Element | null {
     state === 'refused'
       ? `The relay does not let this conversation in: ${reason || 'no reason given'}. What is on this device can still be read.`
       : behind
-        ? 'The relay lost a part of this conversation and waits for a device that has it. Until then it can be read.'
+        ? 'The relay lost a part of this conversation and waits for a device that has it. Until then what you write stays unanswered.'
         : grant === 'reader'
           ? 'You can read this conversation, not write in it.'
           : ''
