@@ -119,6 +119,13 @@ class Discarded:
 
 
 @dataclass(frozen=True, slots=True)
+class Drafted:
+    """A write that was refused before it was in the file: all that the file has of it."""
+
+    refused: RefusedWrite
+
+
+@dataclass(frozen=True, slots=True)
 class Whole:
     """All of it: a snapshot."""
 
@@ -130,7 +137,7 @@ class Whole:
     last_number: int
 
 
-Record: TypeAlias = Heard | Wrote | Acknowledged | Position | Rewrote | Discarded | Whole
+Record: TypeAlias = Heard | Wrote | Acknowledged | Position | Rewrote | Discarded | Whole | Drafted
 
 _KINDS: Final[tuple[type[Record], ...]] = (
     Heard,
@@ -140,6 +147,7 @@ _KINDS: Final[tuple[type[Record], ...]] = (
     Rewrote,
     Discarded,
     Whole,
+    Drafted,
 )
 """The kinds by number; later ones are added at the end."""
 
@@ -193,6 +201,8 @@ def _record(values: Any) -> Record:  # noqa: PLR0911 - one each
             return Discarded(number)
         case [6, bytes(update), str() | None as log, int(lsn), list(outbox), list(refused), int(n)]:
             return Whole(update, log, lsn, _outbox(outbox), _refused(refused), n)
+        case [7, refused]:
+            return Drafted(_refused_write(refused))
         case _:
             raise ValueError("no record that is known here")
 
@@ -266,14 +276,14 @@ class Kept:
                 self.outbox[number] = update
                 self.last_number = max(self.last_number, number)
             case Acknowledged(numbers):
-                for number in numbers:
-                    update = self.outbox.pop(number, b"")
-                    if update:
-                        self.acknowledged.append(update)
+                self._acknowledge(numbers)
             case Position(log, lsn):
                 self.log, self.lsn = log, lsn
             case Rewrote(outbox, refused):
                 self._replace(outbox, refused)
+            case Drafted(draft):
+                self.refused[draft.id] = draft
+                self.last_number = max(self.last_number, draft.id)
             case Discarded(number):
                 self.refused.pop(number, None)
             case Whole():
@@ -283,6 +293,12 @@ class Kept:
                 self.refused.clear()
                 self._replace(record.outbox, record.refused)
                 self.last_number = max(self.last_number, record.last_number)
+
+    def _acknowledge(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            update = self.outbox.pop(number, b"")
+            if update:
+                self.acknowledged.append(update)
 
     def _replace(self, outbox: Sequence[Wrote], refused: Sequence[RefusedWrite]) -> None:
         self.outbox = {one.number: one.update for one in outbox}

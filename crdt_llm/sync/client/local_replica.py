@@ -27,9 +27,9 @@ refusal waits for the disk: with the old form still in the log it would be writt
 A local write that could not be made durable, and was not sent, never happened: the replica is
 thrown away and built anew, under a fresh client id, from the log and from what was merged since.
 One that was sent is the relay's to decide about: acknowledged it has happened, and waits for the
-disk with what was merged. Where no answer comes any more it goes as if it had not been sent, and
-the relay's places are forgotten: the next connection brings all that is not here, and so the write
-too if it got there.
+disk with what was merged; refused it has not, and needs the disk as before to become a draft. Where
+no answer comes any more it goes as if it had not been sent, and the relay's places are forgotten:
+the next connection brings all that is not here, and so the write too if it got there.
 
 An update is at any moment in the log, in the queue, or under way from the one to the other. Whoever
 reads both holds the lock under which updates change places: else one that is under way is in
@@ -51,6 +51,7 @@ from crdt_llm.sync.client import intents
 from crdt_llm.sync.client.journal import (
     Acknowledged,
     Discarded,
+    Drafted,
     Heard,
     Kept,
     Position,
@@ -79,6 +80,10 @@ logger = logging.getLogger("crdt_llm.sync")
 COMMIT_WINDOW_S: Final = 0.2
 """How long merged updates wait for company: a streaming reply costs five commits a second then,
 and not one for every few tokens."""
+
+RETRY_S: Final = 5.0
+"""How long after a disk said no it is asked again: what was written again after a refusal goes out
+once it is on disk, and there may be nothing new to write. Somebody has to make room meanwhile."""
 
 COMMIT_UPDATES_MAX: Final = 1024
 """Updates in one commit: what a second of the busiest conversation brings, many times over."""
@@ -500,35 +505,35 @@ class LocalReplica:
         """Build the document and the outbox anew; the caller holds the lock."""
         before, pending = self.outbox, [item for item in self._queue if item.local]
         waiting = {number for item in pending for number in item.numbers}
-        joined = intents.split(
-            tuple(edit for number in culprits for edit in self._outbox[number].intent)
-        )
-        is_known = len(joined) == 1
+        joined = tuple(edit for number in culprits for edit in self._outbox[number].intent)
+        is_known = len(intents.split(joined)) == 1
         self._document = self._applied(kept.acknowledged)
         self._stale = False
         self._outbox.clear()
         gone: dict[str, str] = {}
-        refused: list[RefusedWrite] = []
-        again: dict[int, Written | None] = {}  # what was written again, by its old number
+        # What became of the writes, by their old numbers.
+        refused: dict[int, RefusedWrite] = {}
+        again: dict[int, Written | None] = {}
         for written in before:
-            if written.number in culprits and not is_known:
-                if written.number == culprits[0]:
-                    for part in joined:
-                        self._write_again(part)
+            is_culprit, is_waiting = written.number in culprits, written.number in waiting
+            if is_culprit and not is_known and not is_waiting:
+                for part in intents.split(written.intent):
+                    self._write_again(part)
                 continue
-            is_hopeless = rule == _FORBIDDEN and written.number not in waiting
+            is_hopeless = rule == _FORBIDDEN and not is_waiting
             intent, adds = written.intent, intents.entries_of(written.intent)
             left = intents.without(intent, gone)
             # A request for a reply to what is refused goes with it.
             is_orphan = bool(adds) and not intents.entries_of(left)
-            if written.number in culprits or is_hopeless or is_orphan:
+            if (is_culprit and is_known) or is_hopeless or is_orphan:
                 self._last_number += 1
-                refused.append(RefusedWrite(self._last_number, code, rule, reason, intent))
+                draft = RefusedWrite(self._last_number, code, rule, reason, intent)
+                refused[written.number] = draft
                 gone |= adds
             else:
                 again[written.number] = self._write_again(left)
         self._document.subscribe(self._changed)
-        self._refused |= {one.id: one for one in refused}
+        self._refused |= {one.id: one for one in refused.values()}
         self._queue_rewritten(pending, again, refused)
         logger.info(
             "conversation %s: %d writes refused (%s: %s), %d left",
@@ -550,24 +555,30 @@ class LocalReplica:
         self,
         pending: list[_Waiting],
         again: Mapping[int, Written | None],
-        refused: Iterable[RefusedWrite],
+        refused: Mapping[int, RefusedWrite],
     ) -> None:
         """Queue the record of a new outbox, and behind it what still waits as a local write.
 
-        If the disk refuses one of those, it never happened; what was on disk is there anyway.
+        If the disk refuses one of those, it never happened, as what it was or as a draft; what was
+        on disk is there anyway.
         """
-        local = {number: again.get(number) for item in pending for number in item.numbers}
-        numbers = {written.number for written in local.values() if written is not None}
-        kept = [written for written in self._outbox.values() if written.number not in numbers]
-        rewrote = Rewrote(tuple(Wrote(one.number, one.update) for one in kept), tuple(refused))
+        waiting = {number for item in pending for number in item.numbers}
+        later = {written.number for n in waiting if (written := again.get(n)) is not None}
+        kept = [written for written in self._outbox.values() if written.number not in later]
+        drafts = tuple(draft for number, draft in refused.items() if number not in waiting)
         self._queue = [item for item in self._queue if not item.local]
+        rewrote = Rewrote(tuple(Wrote(one.number, one.update) for one in kept), drafts)
         self._put(rewrote, local=False, numbers=tuple(one.number for one in kept))
         for item in pending:
-            written = next((local[number] for number in item.numbers), None)
-            nothing = Acknowledged(())
-            record = nothing if written is None else Wrote(written.number, written.update)
-            item.record = encode(record)
-            item.numbers = () if written is None else (written.number,)
+            for number in item.numbers:  # one; none if an earlier refusal took it
+                written, draft = again.get(number), refused.get(number)
+                record: Record = Acknowledged(())  # nothing is left of it
+                if written is not None:
+                    record = Wrote(written.number, written.update)
+                elif draft is not None:
+                    record = Drafted(draft)
+                item.record = encode(record)
+                item.numbers = () if written is None else (written.number,)
             self._queue.append(item)
         self._queued_bytes = sum(len(item.record) for item in self._queue)
         self._urgent.set()
@@ -700,13 +711,11 @@ class LocalReplica:
         async with self._moving:
             await self._compact_if_due()
         while not (self._closing and not self._queue):
-            await self._work.wait()
-            if not self._urgent.is_set():
-                try:
-                    async with asyncio.timeout(COMMIT_WINDOW_S):
-                        await self._urgent.wait()
-                except TimeoutError:
-                    pass  # nobody waits: whatever came together meanwhile goes now
+            # What is in the queue here was not taken by the disk.
+            is_new = await _set_within(RETRY_S if self._queue else None, self._work)
+            if is_new and not self._urgent.is_set():
+                # If nobody waits, whatever came together meanwhile goes now.
+                await _set_within(COMMIT_WINDOW_S, self._urgent)
             self._work.clear()
             self._urgent.clear()
             while self._queue:
@@ -768,6 +777,9 @@ class LocalReplica:
         self._queue = self._left(gone)
         for number in (number for item in lost for number in item.numbers):
             self._outbox.pop(number, None)  # at once: from here on nobody may send it any more
+        for record in (decode(item.record) for item in lost):
+            if isinstance(record, Drafted):
+                self._refused.pop(record.refused.id, None)
         self._queued_bytes = sum(len(item.record) for item in self._queue)
         if lost:
             self._stale = True
@@ -874,6 +886,16 @@ class LocalReplica:
         joined.durable = True
         self._outbox = {joined.number: joined}
         self._tell_outbox(None)
+
+
+async def _set_within(seconds: float | None, event: asyncio.Event) -> bool:
+    """Wait for an event, but not for longer; whether it came."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 def _waiting_on(item: _Waiting) -> _Waiting:

@@ -379,3 +379,21 @@ Fleet.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck),
 )
 TestFleet = Fleet.TestCase
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("ask", [False, True])
+def test_what_a_full_disk_did_not_take_and_the_relay_refused_is_gone(
+    seed: int, *, ask: bool
+) -> None:
+    fleet = Fleet()
+    try:
+        fleet.begin(seed)
+        fleet.let_time_pass(60.0)
+        fleet.break_disk("tablet", fails=True)
+        fleet.offend("tablet", ask=ask)
+        assert not fleet.at("tablet").offences  # its caller was told so
+        fleet.let_time_pass(1.0)
+        assert not fleet.at("tablet").conversation.refused_writes
+    finally:
+        fleet.teardown()  # which looks once more

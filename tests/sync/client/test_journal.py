@@ -16,6 +16,7 @@ from crdt_llm.sync.client import intents
 from crdt_llm.sync.client.journal import (
     Acknowledged,
     Discarded,
+    Drafted,
     Heard,
     Kept,
     Position,
@@ -74,6 +75,7 @@ records: st.SearchStrategy[Record] = st.one_of(
     st.builds(Position, logs, lsns),
     st.builds(Rewrote, outboxes, refused),
     st.builds(Discarded, numbers),
+    st.builds(Drafted, refusals),
     st.builds(Whole, updates, logs, lsns, outboxes, refused, numbers),
 )
 plain = st.recursive(

@@ -227,18 +227,78 @@ async def test_closing_waits_for_no_answer() -> None:
             await writing
 
 
-async def test_what_was_sent_and_refused_is_a_draft_whatever_the_disk_says() -> None:
+async def test_what_was_sent_and_refused_and_is_not_on_disk_never_happened() -> None:
     disk = Disk()
     async with sent_to_a_disk_that_fails(disk) as (replica, writing, _):
         await replica.refuse([2], "invalid", "content", "no")
         with pytest.raises(StoreFailed):
             await writing
         assert set(replica.document.tree.entries) == {entry(1), entry(3)}
-        assert [one.entry for one in replica.refused_writes] == [entry(2)]
+        assert replica.refused_writes == ()  # its caller was told that it is nowhere
         disk.failing = False
         await replica.write(adds(4))
         assert set(disk.document().tree.entries) == {entry(1), entry(3), entry(4)}
+        assert disk.kept().refused == {}
+        assert replica.refused_writes == ()
+
+
+async def test_what_was_sent_and_refused_is_a_draft_if_the_disk_takes_it_then() -> None:
+    disk = Disk()
+    async with sent_to_a_disk_that_fails(disk) as (replica, writing, _):
+        disk.failing = False
+        await replica.refuse([2], "invalid", "content", "no")
+        await writing
         assert [one.entry for one in disk.kept().refused.values()] == [entry(2)]
+        assert [one.entry for one in replica.refused_writes] == [entry(2)]
+        assert set(disk.document().tree.entries) == {entry(1), entry(3)}
+
+
+async def test_of_what_was_sent_as_one_and_refused_nothing_lives_that_is_not_on_disk() -> None:
+    disk = Disk()
+    async with sent_to_a_disk_that_fails(disk) as (replica, writing, _):
+        late = asyncio.create_task(replica.write(adds(4)))
+        await asyncio.sleep(0)
+        _, sent = await replica.diff()
+        assert len(sent) == 2
+        await replica.refuse(sent, "invalid", "content", "one of them")
+        for call in (writing, late):
+            with pytest.raises(StoreFailed):
+                await call
+        assert replica.outbox == ()
+        disk.failing = False
+        await replica.write(adds(5))
+        assert set(replica.document.tree.entries) == {entry(1), entry(3), entry(5)}
+        assert set(disk.document().tree.entries) == {entry(1), entry(3), entry(5)}
+        assert replica.refused_writes == ()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_two_refusals_before_the_disk_has_either_write(*, fails: bool) -> None:
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        disk.hold()
+        first = asyncio.create_task(replica.write(adds(1)))
+        await disk.reached.wait()
+        late = [asyncio.create_task(replica.write(adds(n, f"text {n}"))) for n in (2, 3)]
+        await asyncio.sleep(0)
+        # The disk's turn comes after both. The first again is the fourth, the draft the fifth, and
+        # the third again the sixth.
+        refusals = [
+            asyncio.create_task(replica.refuse([number], "invalid", "content", "no"))
+            for number in (2, 6)
+        ]
+        await asyncio.sleep(0)
+        disk.good_commits_left = 1 if fails else None
+        disk.released.set()
+        await asyncio.gather(first, *refusals)
+        results = await asyncio.gather(*late, return_exceptions=True)
+        assert [isinstance(one, StoreFailed) for one in results] == [fails, fails]
+        texts = [] if fails else ["text 2", "text 3"]
+        disk.good_commits_left, disk.failing = None, False
+        await replica.write(adds(4))
+        assert [one.text for one in replica.refused_writes] == texts
+        assert [one.text for one in disk.kept().refused.values()] == texts
+        assert set(disk.document().tree.entries) == {entry(1), entry(4)}
 
 
 async def test_a_kill_between_sending_and_saving_leaves_nothing_twice() -> None:
@@ -288,6 +348,22 @@ async def test_what_is_written_again_after_a_refusal_waits_for_the_disk() -> Non
         again = replica.next_to_send(0)
         assert again is not None
         assert disk.kept().outbox[again.number] == again.update
+
+
+async def test_what_is_written_again_goes_out_though_the_disk_failed_and_nothing_follows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local_replica, "RETRY_S", 0.0)
+    disk = Disk()
+    async with replica_on(disk) as replica:
+        await replica.write(adds(1))
+        await replica.write(adds(2))
+        disk.good_commits_left = 0  # the next one fails, and no other
+        await replica.refuse([1], "invalid", "content", "no")
+        _, sent = await replica.diff()  # which waits for the disk
+        assert disk.good_commits_left < 0
+        assert list(disk.kept().outbox) == list(sent) == numbers(replica)
+        assert set(disk.document().tree.entries) == {entry(2)}
 
 
 async def test_what_was_merged_goes_to_disk_before_a_write_that_may_build_on_it() -> None:
