@@ -15,16 +15,16 @@ for a moment; what is lost is derived from documents elsewhere.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import gc
 import logging
 import os
-import queue
+import select
 import signal
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
@@ -50,9 +50,11 @@ measured, and with OpenMP's own 300,000 it takes several times as long as soon a
 wants the same cores."""
 
 COMMANDS_WAITING_MAX = 4096
-"""Commands read but not yet taken. The engine takes all of them between two steps; beyond this the
-pipe fills up and the parent waits."""
+"""Commands read but not yet taken, before more are read. The engine takes all of them between two
+steps; beyond this the pipe fills up and the parent waits."""
 
+READ_BYTES_MAX = 64 << 10
+"""Of commands at once: what a pipe holds."""
 
 IDLE_S = 1.0
 """After so long without a command KV goes to disk: not between the turns of a quick exchange."""
@@ -83,21 +85,69 @@ def _leave(code: int, last_words: str = "") -> NoReturn:
         os._exit(code)
 
 
-def _read_commands(source: BinaryIO, commands: queue.Queue[_Input]) -> None:
-    """The reading thread: commands into the queue, the end of input into the end of the process."""
-    while True:
-        head = source.read(pipe.LENGTH.size)
-        if len(head) < pipe.LENGTH.size:
-            with contextlib.suppress(queue.Full):  # then nobody takes it either
-                commands.put_nowait(END_OF_INPUT)
-            time.sleep(SAVE_S_MAX)
-            _leave(EXIT_INPUT_CLOSED)
+class Commands:
+    """The reading side of the pipe, in order.
+
+    A thread waits for what comes, in the middle of a computation too. Between two steps whoever
+    computes takes what lies in the pipe itself: on a busy machine the system may let one thread
+    compute many steps before the other has its turn to read the cancellation of what is computed.
+
+    Args:
+        source: the descriptor of the pipe.
+    """
+
+    def __init__(self, source: int) -> None:
+        self._source = source
+        self._frames = pipe.Frames()
+        self._commands: deque[_Input] = deque()
+        self._has_ended = False
+        # Held for moments only, never while waiting for the pipe.
+        self._changed = threading.Condition()
+
+    def follow(self) -> None:
+        """Read until the end of input, and then end the process: what the thread does."""
+        while True:
+            select.select([self._source], [], [])  # the end of input can be read too
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._commands) < COMMANDS_WAITING_MAX)
+                self._read()
+                if self._has_ended:
+                    break
+        time.sleep(SAVE_S_MAX)
+        _leave(EXIT_INPUT_CLOSED)
+
+    def take(self) -> _Input | None:
+        """The next command, or None if there is none: what is in the pipe now is not overlooked."""
+        with self._changed:
+            if not self._commands:
+                self._read()
+            return self._pop()
+
+    def wait(self, seconds: float | None = None) -> _Input | None:
+        """The next command, or None if there is none for so long."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._commands, seconds)
+            return self._pop()
+
+    def _pop(self) -> _Input | None:
+        if not self._commands:
+            return None
+        self._changed.notify()
+        return self._commands.popleft()
+
+    def _read(self) -> None:
+        """Take in what there is; the caller holds the lock."""
+        if self._has_ended or not select.select([self._source], [], [], 0)[0]:
+            return  # nothing came, or the other thread has it already
+        data = os.read(self._source, READ_BYTES_MAX)
         try:
-            body = source.read(pipe.decode_length(head))
-            command = pipe.decode_command(body)
+            self._commands += map(pipe.decode_command, self._frames.feed(data))
         except MalformedMessage as error:
             _leave(EXIT_MALFORMED, f"engine: {error}\n")
-        commands.put(command)
+        if not data:
+            self._has_ended = True
+            self._commands.append(END_OF_INPUT)
+        self._changed.notify()
 
 
 class Reports:
@@ -215,7 +265,7 @@ def _take(command: pipe.Command, engine: TorchEngine, reports: Reports) -> None:
         reports.event(command.request, error)
 
 
-def _run(engine: TorchEngine, commands: queue.Queue[_Input], reports: Reports) -> NoReturn:
+def _run(engine: TorchEngine, commands: Commands, reports: Reports) -> NoReturn:
     """Take every waiting command, then do one step; without work, write KV to disk, then wait."""
     import torch  # noqa: PLC0415 - it was loaded with the engine
 
@@ -225,7 +275,7 @@ def _run(engine: TorchEngine, commands: queue.Queue[_Input], reports: Reports) -
     team = Team(torch.get_num_threads())
     while True:
         if engine.busy:
-            command = _next(commands, idle_s=0)
+            command = commands.take()
         else:
             reports.flush()  # of a reply that was cancelled: nobody waits for it, but it was made
             command = _wait(commands, engine)
@@ -235,7 +285,7 @@ def _run(engine: TorchEngine, commands: queue.Queue[_Input], reports: Reports) -
                     pass
                 _leave(EXIT_INPUT_CLOSED)
             _take(command, engine, reports)
-            command = _next(commands, idle_s=0)
+            command = commands.take()
         _step(engine, team, reports)
 
 
@@ -252,20 +302,12 @@ def _step(engine: TorchEngine, team: Team, reports: Reports) -> None:
     team.note(took_s, time.process_time() - cpu_s)
 
 
-def _wait(commands: queue.Queue[_Input], engine: TorchEngine) -> _Input:
+def _wait(commands: Commands, engine: TorchEngine) -> _Input | None:
     """The next command. After a pause, KV that is only in memory is written to disk meanwhile."""
-    command = _next(commands, IDLE_S)
+    command = commands.wait(IDLE_S)
     while command is None and engine.save_one():
-        command = _next(commands, idle_s=0)
-    return commands.get() if command is None else command
-
-
-def _next(commands: queue.Queue[_Input], idle_s: float) -> _Input | None:
-    """The next command, or None if there is none for so long."""
-    try:
-        return commands.get(block=idle_s > 0, timeout=idle_s or None)
-    except queue.Empty:
-        return None
+        command = commands.take()
+    return commands.wait() if command is None else command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -298,11 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    commands: queue.Queue[_Input] = queue.Queue(COMMANDS_WAITING_MAX)
-    reader = threading.Thread(
-        target=_read_commands, args=(sys.stdin.buffer, commands), name="commands", daemon=True
-    )
-    reader.start()
+    commands = Commands(sys.stdin.fileno())
+    threading.Thread(target=commands.follow, name="commands", daemon=True).start()
     try:
         engine = _load(options)
     except CrdtLlmError as error:

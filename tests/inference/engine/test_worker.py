@@ -26,7 +26,8 @@ from crdt_llm.inference.engine.schedule import CHUNK_ROWS_MAX
 from crdt_llm.inference.kv.tree import TILE
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
+    from typing import BinaryIO
 
     from crdt_llm.inference.contract import Engine, GenerationEvent
 
@@ -113,6 +114,56 @@ async def test_replies_side_by_side_are_those_made_alone(engine: EngineProcess) 
     for (ids, params), events in zip(asks, together, strict=True):
         await engine.forget(ids[:1])
         assert (await collect(engine, ids, params, len(ids)))[1:] == events[1:]
+
+
+@pytest.fixture
+def command_pipe() -> Iterator[tuple[int, BinaryIO]]:
+    """The reading end, as a descriptor, and the writing end."""
+    source, sink = os.pipe()
+    with os.fdopen(source, "rb"), os.fdopen(sink, "wb", buffering=0) as writing:
+        yield source, writing
+
+
+def test_what_lies_in_the_pipe_is_taken_though_the_reading_thread_has_no_turn(
+    command_pipe: tuple[int, BinaryIO],
+) -> None:
+    source, sink = command_pipe
+    commands = worker.Commands(source)  # of which no thread follows the pipe
+    assert commands.take() is None
+    first, second = pipe.encode(pipe.Cancel(1)), pipe.encode(pipe.Cancel(2))
+    sink.write(first + second[:3])
+    assert [commands.take(), commands.take()] == [pipe.Cancel(1), None]
+    sink.write(second[3:])
+    assert commands.take() == pipe.Cancel(2)
+    sink.close()
+    assert [commands.take(), commands.take()] == [worker.END_OF_INPUT, None]
+
+
+def test_commands_beyond_the_limit_wait_in_the_pipe_and_none_is_lost(
+    command_pipe: tuple[int, BinaryIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(worker, "COMMANDS_WAITING_MAX", 3)
+    monkeypatch.setattr(worker, "SAVE_S_MAX", 0)
+    monkeypatch.setattr(worker, "_leave", left.append)
+    source, sink = command_pipe
+    commands = worker.Commands(source)
+    following = threading.Thread(target=commands.follow)
+    following.start()
+    cancels = [pipe.Cancel(number) for number in range(500)]
+
+    def say() -> None:
+        for cancel in cancels:
+            sink.write(pipe.encode(cancel))
+        sink.close()
+
+    saying = threading.Thread(target=say)
+    saying.start()
+    assert [commands.wait() for _ in cancels] == cancels
+    saying.join()
+    assert commands.wait() is worker.END_OF_INPUT
+    following.join()
+    assert left == [worker.EXIT_INPUT_CLOSED]
 
 
 async def test_closing_the_iterator_in_mid_reply_cancels(engine: EngineProcess) -> None:
