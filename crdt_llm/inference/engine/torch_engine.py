@@ -60,6 +60,10 @@ nobody misses. It is mapped as it is used."""
 SCORED_ROWS_MAX = 64
 """Rows whose logits are made at once for an audit: they take a vocabulary's width each."""
 
+PASSED_ON_STEPS = 2
+"""Steps behind the first token of a reply that leave a core to whoever passes it on: to seal it,
+commit it and send it takes about as long, and somebody waits for it."""
+
 PACE_WEIGHT = 0.2
 """Of the newest measurement in a running mean: a handful of them outweigh a hiccup."""
 
@@ -158,6 +162,14 @@ class TorchEngine:
     def busy(self) -> bool:
         """Whether a step has anything to do."""
         return bool(self._requests)
+
+    @property
+    def is_passing_on(self) -> bool:
+        """Whether a first token is on its way to whoever waits for it, and no prompt is read."""
+        running = self._schedule.replies.running
+        return all(request.decodes for request in running) and any(
+            0 < len(request.ids) - request.start <= PASSED_ON_STEPS for request in running
+        )
 
     @property
     def load(self) -> Load:

@@ -293,13 +293,16 @@ def _step(engine: TorchEngine, team: Team, reports: Reports) -> None:
     """One step, by as many threads as are of use now."""
     import torch  # noqa: PLC0415 - it was loaded with the engine
 
-    if torch.get_num_threads() != team.threads:
-        torch.set_num_threads(team.threads)
+    passing_on = engine.is_passing_on
+    threads = 1 if passing_on else team.threads
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     engine.step(reports.event)
     took_s = time.perf_counter() - wall_s
     reports.step_ended(took_s)
-    team.note(took_s, time.process_time() - cpu_s)
+    if not passing_on:
+        team.note(took_s, time.process_time() - cpu_s)
 
 
 def _wait(commands: Commands, engine: TorchEngine) -> _Input | None:

@@ -394,6 +394,26 @@ def test_replies_run_side_by_side_and_warming_waits_for_them(empty: TorchEngine)
     assert not any(1 in step for step in steps[:-1])
 
 
+def test_a_core_is_left_to_whoever_passes_a_first_token_on(empty: TorchEngine) -> None:
+    empty.generate(1, TEXT[:70], SamplingParams(6, ignore_eos=True), 70)
+    passing_on = []
+    while empty.busy:
+        passing_on.append(empty.is_passing_on)
+        empty.step(lambda *_: None)
+    # The prompt's step, two behind the first token, and the rest.
+    assert passing_on[:4] == [False, True, True, False]
+    assert not any(passing_on[4:])
+
+
+def test_no_core_is_left_to_others_while_somebody_waits_for_a_prompt(empty: TorchEngine) -> None:
+    empty.generate(1, TEXT[:70], SamplingParams(6, ignore_eos=True), 70)
+    empty.step(lambda *_: None)
+    assert empty.is_passing_on
+    empty.generate(2, text_of(2, 200), SamplingParams(6, ignore_eos=True), 200)
+    empty.step(lambda *_: None)
+    assert not empty.is_passing_on
+
+
 def test_a_long_prompt_stalls_no_stream(empty: TorchEngine) -> None:
     run = Run(empty)
     empty.generate(1, text_of(2, 10), SamplingParams(40, ignore_eos=True), 10)
