@@ -290,6 +290,7 @@ class Client:
         self, conversation: str, file: ReplicaFile, *, online: bool
     ) -> OpenConversation:
         replica = await LocalReplica.open(conversation, file.log, self.random)
+        replica.on_change(lambda _: file.touch(conversation))
         opened = OpenConversation(self, replica)
         if online:
             opened.resume()

@@ -29,6 +29,7 @@ class ReplicaFile:
     def __init__(self, log: UpdateLog, lock: FileLock | None) -> None:
         self.log = log
         self._lock = lock
+        self._touched: dict[str, None] = {}  # what changed since it was opened, the last at the end
 
     @classmethod
     async def open(cls, folder: Path | None, clock: Clock) -> Self:
@@ -54,7 +55,15 @@ class ReplicaFile:
 
     async def conversations(self) -> tuple[str, ...]:
         """The ids of what is kept here, last changed first."""
-        return tuple(stored.conversation for stored in await self.log.conversations())
+        kept = [stored.conversation for stored in await self.log.conversations()]
+        # The log knows when something was saved, which may be a while after it came.
+        ranks = {name: rank for rank, name in enumerate(self._touched)}
+        return tuple(sorted(kept, key=lambda name: -ranks.get(name, -1)))
+
+    def touch(self, conversation: str) -> None:
+        """A conversation changes, and will be saved."""
+        self._touched.pop(conversation, None)
+        self._touched[conversation] = None
 
     async def close(self) -> None:
         """Finish what was handed over, and let others have the folder."""

@@ -357,6 +357,19 @@ async def test_conversations_are_listed_last_used_first(relay: Partner, tmp_path
             assert await client.conversations() == (first.id, second.id)
 
 
+async def test_what_is_saved_late_was_used_no_later(relay: Partner, tmp_path: Path) -> None:
+    """What others write is saved some time after it came: another one may be used meanwhile."""
+    async with client_of(relay, tmp_path) as client:
+        first = await client.create("a")
+        reply = await first.ask("Hello")
+        await answered(relay, first, reply.id, "Hi there")
+        second = await client.create("b")
+        await first.close()  # saves what has waited
+        assert await client.conversations() == (second.id, first.id)
+        assert texts(await client.open(first.id)) == ["Hello", "Hi there"]
+        assert await client.conversations() == (second.id, first.id)  # it was only looked at
+
+
 async def test_a_data_folder_belongs_to_one_client(relay: Partner, tmp_path: Path) -> None:
     async with client_of(relay, tmp_path):
         with pytest.raises(DataFolderBusy, match="close it, or name another"):
