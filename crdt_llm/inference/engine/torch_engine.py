@@ -166,10 +166,11 @@ class TorchEngine:
     @property
     def is_passing_on(self) -> bool:
         """Whether a first token is on its way to whoever waits for it, and no prompt is read."""
-        running = self._schedule.replies.running
-        return all(request.decodes for request in running) and any(
-            0 < len(request.ids) - request.start <= PASSED_ON_STEPS for request in running
-        )
+        replies = self._schedule.replies
+        if replies.waiting or not all(request.decodes for request in replies.running):
+            return False
+        sampled = (len(request.ids) - request.start for request in replies.running)
+        return any(0 < count <= PASSED_ON_STEPS for count in sampled)
 
     @property
     def load(self) -> Load:

@@ -410,6 +410,7 @@ def test_no_core_is_left_to_others_while_somebody_waits_for_a_prompt(empty: Torc
     empty.step(lambda *_: None)
     assert empty.is_passing_on
     empty.generate(2, text_of(2, 200), SamplingParams(6, ignore_eos=True), 200)
+    assert not empty.is_passing_on  # it has not been admitted yet
     empty.step(lambda *_: None)
     assert not empty.is_passing_on
 
