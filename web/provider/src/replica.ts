@@ -468,22 +468,13 @@ export class Replica {
 
   private merged(update: Uint8Array, lsn: number): void {
     const log = this.cursor?.log ?? ''
-    const before = this.behind ? this.newestLease() : 0
     if (!this.take(update, { log, lsn })) {
       this.send({
         kind: 'pull',
         channel: this.channel,
         stateVector: encodeStateVector(this.known)
       })
-    } else if (this.behind && this.newestLease() > before) {
-      // No lease is granted while the relay lacks something, and nobody says when that ends.
-      this.behind = false
-      this.port.status()
     }
-  }
-
-  private newestLease(): number {
-    return this.document.epochs(0).at(-1) ?? 0
   }
 
   /** Merge what is durable at the relay; whether everything that it builds on is here. */

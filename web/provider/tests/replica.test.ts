@@ -26,8 +26,7 @@ class World {
     settled: [] as [string[], boolean][],
     wrote: [] as Row[],
     stuck: '',
-    compacted: 0,
-    behind: [] as boolean[]
+    compacted: 0
   }
   readonly relay = new Document(7)
   resumeIn: number | null = null
@@ -56,7 +55,7 @@ class World {
       },
       changed: () => undefined,
       rebuilt: () => undefined,
-      status: () => this.told.behind.push(this.replica.behind),
+      status: () => undefined,
       presence: () => undefined,
       refused: () => undefined
     }
@@ -88,7 +87,7 @@ class World {
     return id
   }
 
-  open(log = 'log', behind = false): void {
+  open(log = 'log'): void {
     this.replica.attach(1)
     const [asked] = this.sent.splice(0)
     if (asked?.kind !== 'open') throw new Error('nothing was opened')
@@ -100,7 +99,7 @@ class World {
       update: this.relay.diff(asked.stateVector),
       stateVector: encodeStateVector(this.relay.stateVector()),
       grant: 'owner',
-      behind
+      behind: false
     })
   }
 
@@ -417,37 +416,6 @@ it('gives a relay back what it lost, and then sends what is new', () => {
   expect(world.sent.map(one => one.kind)).toEqual(['restore', 'presence', 'update'])
   for (const one of [restore, update]) lost.relay.apply((one as Update).update)
   expect(lost.relayTexts).toEqual(['text 1', 'text 2'])
-})
-
-it('waits for nobody any more once a node has the lease again', () => {
-  const world = new World()
-  const node = new Y.Doc()
-  const happens = (write: () => void): void => {
-    const before = Y.encodeStateVector(node)
-    write()
-    const update = Y.encodeStateAsUpdate(node, before)
-    world.replica.receive({ kind: 'change', channel: 1, lsn: ++world.lsn, update })
-  }
-  const lease = (epoch: number): void => {
-    const [key, signature] = [new Uint8Array(32), new Uint8Array(64)]
-    node.getMap('leases').set(String(epoch), { node: key, signature })
-  }
-  const reopen = (): void => {
-    world.replica.detach()
-    world.sent.length = 0
-    world.open('another log', true)
-  }
-  world.open()
-  happens(() => lease(2))
-  reopen()
-  world.told.behind.length = 0
-  happens(() => node.getMap('meta').set('title', 'meanwhile'))
-  happens(() => lease(1)) // an older replica than the one that is waited for brought it
-  expect([world.replica.behind, world.told.behind]).toEqual([true, []])
-  happens(() => lease(3))
-  expect([world.replica.behind, world.told.behind]).toEqual([false, [false]])
-  reopen()
-  expect(world.replica.behind).toBe(true)
 })
 
 it('keeps what waits when a relay does not take back what it lost', () => {
