@@ -2,8 +2,8 @@
 
 One chat of 20 turns, about 75 new prompt tokens and 64 reply tokens a turn, streaming, greedy, on
 one model; with ``--short`` one of 100 turns of at most 75 tokens each, the reply included. The
-peers take turns within one run, with the same texts, so that whatever else the machine does hits
-them alike:
+peers take turns within one run, with the same texts and the same pause before each, so that
+whatever else the machine does hits them alike:
 
 * ``crdt-llm``: a client, the relay and the node with its engine, as ``crdt-llm serve`` runs them;
   once in each weight format, and once typed word by word with hints of the draft on the way.
@@ -53,7 +53,7 @@ from typing import TYPE_CHECKING
 
 from limits import Limit, Machine, Matrices, measure
 from ours import CrdtLlm, conversations, serving
-from peer import LAST, TURN_S_MAX, Skipped, Summary
+from peer import LAST, REST_S, TURN_S_MAX, Skipped, Summary
 from theirs import GENERATE, llama_cpp, transformers, vllm
 from verdicts import Verdict, rounded, show
 
@@ -166,7 +166,7 @@ async def chat(
                     f" prefilled {turn.prefilled:5,} of {turn.prompt:5,}",
                     flush=True,
                 )
-                await asyncio.sleep(peer.rest_s)
+                await asyncio.sleep(REST_S)
     return had, skipped
 
 

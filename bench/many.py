@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 
 from chat import OURS
 from ours import TOKENS_OF_WORDS, WORDS, CrdtLlm, conversations, serving
-from peer import TURN_S_MAX, Skipped
+from peer import REST_S, TURN_S_MAX, Skipped
 from theirs import llama_cpp, vllm
 from verdicts import Verdict, rounded, show
 
@@ -121,7 +121,7 @@ async def _rounds(teams: Sequence[Sequence[Peer]], context: int) -> dict[str, Ro
             row = await _at_once(team, f"Round {number}: what comes next, and why?")
             if name not in rows or row.tokens_per_s > rows[name].tokens_per_s:
                 rows[name] = row
-            await asyncio.sleep(team[0].rest_s)
+            await asyncio.sleep(REST_S)
     return rows
 
 

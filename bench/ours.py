@@ -67,8 +67,6 @@ class CrdtLlm:
             nobody else may type there, since the server counts what was read in vain for all.
     """
 
-    rest_s = 0.0
-
     def __init__(
         self, conversation: OpenConversation, name: str, *, typing: Server | None = None
     ) -> None:

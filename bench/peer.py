@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 TURN_S_MAX = 180  # no single reply takes longer, or something hangs
 STARTUP_S_MAX = 600  # a peer that compiles its kernels first takes minutes on two cores
+# Behind every turn, before whoever is next: vLLM's worker looks out for more work for a second,
+# which takes a whole core from others; the same for all, since cores that were idle begin slower.
+REST_S = 1.2
 LAST = 5  # turns whose median shows what a long history costs
 LOG_CHARACTERS_SHOWN = 2000  # of a process that failed: its last stack
 LINE_BYTES_MAX = 1 << 20  # a request with its whole history
@@ -67,10 +70,6 @@ class Peer(Protocol):
     @property
     def name(self) -> str:
         """What the table calls it, with its weight format."""
-
-    @property
-    def rest_s(self) -> float:
-        """How long to leave it alone behind a turn, until it lets go of the cores."""
 
     async def turn(self, text: str, tokens: int) -> Turn:
         """Say something, and take the whole of a reply of so many tokens."""

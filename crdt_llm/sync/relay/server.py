@@ -492,7 +492,10 @@ class Relay:
     def _check_places(self, found: Pass) -> None:
         if found.conversations is None:
             return
-        taken = sum(one.principal == found.principal for one in self._known.values())
+        taken = sum(
+            one.principal == found.principal and one.conversations is not None
+            for one in self._known.values()
+        )
         if taken >= self._limits.connections_of_guest:
             raise Unavailable("too many connections with this token: close one")
 

@@ -408,11 +408,12 @@ def test_a_core_is_left_to_whoever_passes_a_first_token_on(empty: TorchEngine) -
 def test_no_core_is_left_to_others_while_somebody_waits_for_a_prompt(empty: TorchEngine) -> None:
     empty.generate(1, TEXT[:70], SamplingParams(6, ignore_eos=True), 70)
     empty.step(lambda *_: None)
-    assert empty.is_passing_on
+    passing_on = [empty.is_passing_on]
     empty.generate(2, text_of(2, 200), SamplingParams(6, ignore_eos=True), 200)
-    assert not empty.is_passing_on  # it has not been admitted yet
+    passing_on.append(empty.is_passing_on)  # it has not been admitted yet
     empty.step(lambda *_: None)
-    assert not empty.is_passing_on
+    passing_on.append(empty.is_passing_on)
+    assert passing_on == [True, False, False]
 
 
 def test_a_long_prompt_stalls_no_stream(empty: TorchEngine) -> None:

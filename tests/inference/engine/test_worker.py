@@ -147,21 +147,19 @@ def test_commands_beyond_the_limit_wait_in_the_pipe_and_none_is_lost(
     monkeypatch.setattr(worker, "_leave", left.append)
     source, sink = command_pipe
     commands = worker.Commands(source)
-    following = threading.Thread(target=commands.follow)
+    monkeypatch.setattr(worker, "READ_BYTES_MAX", len(pipe.encode(pipe.Cancel(0))))
+    following = threading.Thread(target=commands.follow, daemon=True)
     following.start()
-    cancels = [pipe.Cancel(number) for number in range(500)]
-
-    def say() -> None:
-        for cancel in cancels:
-            sink.write(pipe.encode(cancel))
-        sink.close()
-
-    saying = threading.Thread(target=say)
-    saying.start()
-    assert [commands.wait() for _ in cancels] == cancels
-    saying.join()
-    assert commands.wait() is worker.END_OF_INPUT
-    following.join()
+    cancels = [pipe.Cancel(number) for number in range(100)]
+    for cancel in cancels:  # all of them fit the pipe
+        sink.write(pipe.encode(cancel))
+    sink.close()
+    taken = [commands.wait(END_SECONDS_MAX) for _ in cancels[:50]]
+    assert select.select([source], [], [], 0)[0]  # nobody was far ahead
+    taken += [commands.wait(END_SECONDS_MAX) for _ in cancels[50:]]
+    assert taken == cancels
+    assert commands.wait(END_SECONDS_MAX) is worker.END_OF_INPUT
+    following.join(END_SECONDS_MAX)
     assert left == [worker.EXIT_INPUT_CLOSED]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -158,6 +159,11 @@ async def test_extend_goes_on_where_the_reply_was_cut(
         assert hidden_of(whole, node, reply).sampled == first.sampled + second.sampled
 
 
+def is_sealed_in(room: LocalRoom, slot: str) -> bool:
+    entry = room.replica.entry(slot)
+    return entry is not None and bool(entry.sealed)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 async def test_a_killed_engine_changes_no_token(tiny_model_dir: Path, temperature: float) -> None:
     params = {"temperature": temperature, "max_tokens": 60, "seed": 5, "ignore_eos": True}
@@ -166,7 +172,7 @@ async def test_a_killed_engine_changes_no_token(tiny_model_dir: Path, temperatur
         room = LocalRoom()
         async with running(room, tiny_model_dir) as node:
             slot = room.ask("a long story", **params)
-            await room.until(lambda: bool(room.replica.entry(slot).sealed))  # type: ignore[union-attr]  # noqa: B023
+            await room.until(partial(is_sealed_in, room, slot))
             if kill:
                 assert isinstance(node.engine, EngineProcess)
                 os.kill(node.engine.process_id, signal.SIGKILL)
