@@ -84,6 +84,7 @@ HOT: Final[dict[str, Any]] = {"temperature": 1.5, "max_tokens": 40, "ignore_eos"
 TYPED: Final = "a draft of a letter that is never sent to anybody"
 WITHDRAWN: Final = "what I wish I had not said"
 DRAFTS_MAX: Final = 30
+TYPING_S: Final = 0.1
 NEEDLES_MIN: Final = 10_000
 
 
@@ -286,6 +287,7 @@ class Scene:
         for turn in range(DRAFTS_MAX):
             text = f"question {turn}, and then some more words of it"
             conversation.draft(text)
+            await asyncio.sleep(turn * TYPING_S)  # longer each time, for a node that is busy
             entry = await (await conversation.ask(text, **HOT | {"max_tokens": 12})).entry()
             assert entry.usage is not None
             if entry.usage.drafted:
