@@ -95,35 +95,23 @@ class Pairs:
 
     def pack(self, kv: Tensor) -> Tensor:
         """See :class:`~crdt_llm.inference.kv.pool.Layout`."""
-        layers, heads, rows, dim = kv.shape
-        keys, values = kv.chunk(2, 1)
-        return torch.cat(
-            (
-                keys.reshape(layers, heads // 2, rows // LANES, LANES, dim // 2, 2)
-                .transpose(3, 4)
-                .reshape(layers, heads // 2, rows, dim),
-                values.reshape(layers, heads // 2, rows // 2, 2, dim)
-                .transpose(3, 4)
-                .reshape(layers, heads // 2, rows, dim),
-            ),
-            1,
-        )
+        dim = kv.shape[-1]
+        return self._turn(kv, (-1, LANES, dim // 2, 2), (-1, 2, dim))
 
     def unpack(self, kv: Tensor) -> Tensor:
         """See :class:`~crdt_llm.inference.kv.pool.Layout`."""
-        layers, heads, rows, dim = kv.shape
-        keys, values = kv.chunk(2, 1)
-        return torch.cat(
-            (
-                keys.reshape(layers, heads // 2, rows // LANES, dim // 2, LANES, 2)
-                .transpose(3, 4)
-                .reshape(layers, heads // 2, rows, dim),
-                values.reshape(layers, heads // 2, rows // 2, dim, 2)
-                .transpose(3, 4)
-                .reshape(layers, heads // 2, rows, dim),
-            ),
-            1,
-        )
+        dim = kv.shape[-1]
+        return self._turn(kv, (-1, dim // 2, LANES, 2), (-1, dim, 2))
+
+    @staticmethod
+    def _turn(kv: Tensor, keys: tuple[int, ...], values: tuple[int, ...]) -> Tensor:
+        """Keys and values seen in these shapes, the two axes behind the first exchanged in each."""
+        parts = zip(kv.chunk(2, 1), (keys, values), strict=True)
+        turned = [
+            part.reshape(*part.shape[:2], *shape).transpose(3, 4).reshape(part.shape)
+            for part, shape in parts
+        ]
+        return torch.cat(turned, 1)
 
 
 class NativeStep:

@@ -18,6 +18,7 @@ from crdt_llm.document.seal import Where
 from crdt_llm.errors import BadProof, PromptTooLong, Refused
 from crdt_llm.inference.node.held import is_unconfirmed
 from crdt_llm.inference.node.reply import describe, fail
+from crdt_llm.inference.node.shared import positions_of
 from crdt_llm.inference.node.workplace import PRINCIPAL
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Admission:
             await self._work.write(self._place(action)[1])
             return
         try:
-            entry, positions = self._work.present(slot), self._replies.positions()
+            entry, positions = self._work.present(slot), positions_of(self._shared)
             reading = await self._overflow.choose(entry, last, positions)
             if reading is None:
                 return  # as above

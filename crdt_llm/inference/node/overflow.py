@@ -21,6 +21,7 @@ from crdt_llm.document.schema import Role
 from crdt_llm.document.seal import Kind
 from crdt_llm.errors import EngineDied, LocalMisuse, PromptTooLong, Unavailable
 from crdt_llm.inference.contract import Prefilled, Sampled, SamplingParams
+from crdt_llm.inference.node.shared import BUSY_S, positions_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +37,6 @@ REPLY_SHARE: Final = 8  # of the positions, so many parts: what stays free for a
 SUMMARY_SHARE: Final = 8  # and for a summary
 SUMMARY_TOKENS_MAX: Final = 400  # a page
 SUMMARIES_MAX: Final = 8  # for one slot: each stands for what fits, a long merge needs several
-BUSY_S: Final = 0.2  # before an engine is asked again that had no room
 
 INSTRUCTION: Final = (
     "Summarise the conversation above for somebody who will carry it on without having read it. "
@@ -210,7 +210,7 @@ class Overflow:
         if slot in self.preparing:
             return
         attempts = self._attempts[slot] = self._attempts.get(slot, 0) + 1
-        positions = self._positions()
+        positions = positions_of(self._shared)
         reserve = min(SUMMARY_TOKENS_MAX, positions // SUMMARY_SHARE)
         transcript = self._work.transcript
         asking = len(transcript.asking(reading[:begin], INSTRUCTION))
@@ -240,12 +240,6 @@ class Overflow:
         parts = [list(run) for withdrawn, run in runs if not withdrawn]
         longest = max(parts, key=len, default=[])
         return range(longest[0], longest[-1] + 1) if longest else range(0)
-
-    def _positions(self) -> int:
-        engine = self._shared.engine
-        if engine is None:
-            raise Unavailable("the engine is being restarted")
-        return engine.capabilities.positions
 
     async def _make(
         self, slot: str, ids: tuple[int, ...], covers: tuple[str, str], tokens_max: int

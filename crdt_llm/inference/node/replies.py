@@ -28,6 +28,7 @@ from crdt_llm.errors import (
 from crdt_llm.inference.node.generation import Generation, Outcome
 from crdt_llm.inference.node.held import is_unconfirmed
 from crdt_llm.inference.node.reply import Reply, describe, fail
+from crdt_llm.inference.node.shared import BUSY_S, positions_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +49,6 @@ SEAL_KEPT_S: Final = 60.0
 what the document has grown to, in memory while it is there and in time when it is made; who goes on
 with a conversation mostly does so within a minute."""
 
-BUSY_S: Final = 0.2  # before a reply asks an engine again that had no room
 
 _DIED: Final = "the engine died several times on this reply; ask again, or use another model"
 
@@ -112,17 +112,6 @@ class Replies:
         """Whether the task of one has ended, so that :meth:`finish` has something to do."""
         return bool(self._outcomes)
 
-    def positions(self) -> int:
-        """How many tokens the model can read.
-
-        Raises:
-            Unavailable: there is no engine that could say so just now.
-        """
-        engine = self._shared.engine
-        if engine is None:
-            raise Unavailable("the engine is being restarted")
-        return engine.capabilities.positions
-
     # -- beginning -----------------------------------------------------------------------------
 
     def prepare(self, slot: str, parent: str, where: Where, reading: tuple[str, ...]) -> Generation:
@@ -151,7 +140,7 @@ class Replies:
         return self._generation(reply, reading)
 
     def _check_fits(self, reply: Reply) -> None:
-        positions = self.positions()
+        positions = positions_of(self._shared)
         if len(reply.prompt) >= positions:
             raise PromptTooLong(
                 f"the conversation has {len(reply.prompt)} tokens here and the model has "
@@ -231,7 +220,7 @@ class Replies:
         try:
             parent = self._work.conversation.tree.up(slot)
             reading = self._work.transcript.reading_of(slot, parent)
-            if await self._work.transcript.load_reading(reading, self.positions()):
+            if await self._work.transcript.load_reading(reading, positions_of(self._shared)):
                 return  # others were let go on: decide anew
             generation = self._reopen(slot)
             self._check_fits(generation.reply)

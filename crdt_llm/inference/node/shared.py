@@ -1,13 +1,15 @@
 """What the conversations of one node share, as a contract: its engine, its room, and who it is.
 
-This module owns no behaviour. The parts of a sitting take the node as this and must not know the
-node itself; what reading ahead takes of it stands in :mod:`crdt_llm.inference.node.ahead`.
+This module owns the contract, and what all its users ask of an engine alike. The parts of a sitting
+take the node as this and must not know the node itself; what reading ahead takes of it stands in
+:mod:`crdt_llm.inference.node.ahead`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
+from crdt_llm.errors import Unavailable
 from crdt_llm.inference.node.ahead import Reader
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from crdt_llm.inference.node.turns import Turns
     from crdt_llm.inference.prompt.renderer import Renderer
     from crdt_llm.inference.prompt.tokens import Vocabulary
+
+BUSY_S: Final = 0.2  # before an engine is asked again that had no room
 
 
 class Shared(Reader, Protocol):
@@ -56,3 +60,15 @@ class Shared(Reader, Protocol):
     def fed(self, conversation: str) -> Fed:
         """What engines were given of a conversation; outlives a sitting."""
         ...
+
+
+def positions_of(shared: Shared) -> int:
+    """How many tokens the model can read.
+
+    Raises:
+        Unavailable: there is no engine that could say so just now.
+    """
+    engine = shared.engine
+    if engine is None:
+        raise Unavailable("the engine is being restarted")
+    return engine.capabilities.positions
